@@ -27,7 +27,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen2Config
@@ -277,8 +279,8 @@ def parse_message(text: str) -> dict:
 
     A call that is not JSON keeps its place with name None and an "error", for the environment to answer.
 
-    >>> parse_message('Hm.<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>')
-    {'role': 'assistant', 'content': 'Hm.', 'tool_calls': [{'type': 'function', 'function': {'name': 'f', 'arguments': {'a': 1}}}]}
+    >>> parse_message('Hm.<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>')["tool_calls"]
+    [{'type': 'function', 'function': {'name': 'f', 'arguments': {'a': 1}}}]
     """
     text = re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
     calls = []
@@ -295,6 +297,38 @@ def parse_message(text: str) -> dict:
     return {"role": "assistant", "content": content, "tool_calls": calls}
 
 
+# ------------------------------------------------------------------------------------------- several ranks
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_gather_json(value) -> list:
+    """Every rank's `value`, in the order of ranks. JSON, because dist.all_gather_object unpickles."""
+    if world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    lengths = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(data)], device=device))
+    padded = torch.zeros(int(max(lengths)), dtype=torch.uint8, device=device)
+    padded[: len(data)] = data
+    parts = [torch.zeros_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return [json.loads(bytes(part[: int(n)].tolist())) for part, n in zip(parts, lengths, strict=True)]
+
+
+def seeded_generator(device, *seeds) -> torch.Generator:
+    """A generator whose numbers depend on all of the (non-negative) seeds."""
+    words = np.random.SeedSequence(seeds).generate_state(2)
+    return torch.Generator(device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+
 # ----------------------------------------------------------------------------------------------- rollouts
 
 
@@ -309,8 +343,8 @@ class RoomyLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if self.room is None or self.room.shape[-2] < end:
-            *shape, head_dim = key_states.shape[:2] + (max(256, 2 * end), key_states.shape[-1])
-            room = key_states.new_empty((2, *shape, head_dim))
+            batch, heads, _, head_dim = key_states.shape
+            room = key_states.new_empty((2, batch, heads, max(256, 2 * end), head_dim))
             if start:
                 room[0, :, :, :start] = self.keys
                 room[1, :, :, :start] = self.values

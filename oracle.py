@@ -156,7 +156,9 @@ class CopyOnWrite(dict):
         super().__delitem__(key)
 
     def get(self, key, default=None):
-        return self[key] if key in self else default
+        if key not in self:
+            return default
+        return self[key]
 
     def pop(self, key, *default):
         self.touched.add(key)

@@ -1,0 +1,416 @@
+"""Measuring an agent and what it has forgotten: pass^k, the transfer matrix, metrics, pictures, comparison of runs.
+
+    python eval.py --model_name_or_path runs/NAME/checkpoints/LAST --domains airline retail telecom
+    python eval.py --compare runs/a_seed0 runs/a_seed1 runs/b_seed0 runs/b_seed1
+
+Data flow: model + tasks -> episodes -> rewards -> one row of R -> cl_metrics -> report.md and pictures.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import grpo
+import oracle
+
+PASS = 1 - 1e-6  # tau2 counts a reward of 1 as a pass (tau2.metrics.agent_metrics.is_successful)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: safe for every eye
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))  # tells lines apart in greyscale
+
+# ----------------------------------------------------------------------------------------------- metrics
+
+
+def pass_hat_k(successes, trials, k) -> float:
+    """pass^k = C(successes, k) / C(trials, k): the probability that k trials drawn without replacement all pass
+    (tau-bench, Yao et al. 2024, arXiv:2406.12045). Not pass@k.
+
+    >>> pass_hat_k(3, 4, 2)
+    0.5
+    """
+    if not 0 <= successes <= trials:
+        raise ValueError(f"successes must be between 0 and {trials} trials, got {successes}")
+    if not 1 <= k <= trials:
+        raise ValueError(f"k must be between 1 and {trials} trials, got {k}")
+    return math.comb(successes, k) / math.comb(trials, k)
+
+
+def cl_metrics(R, baseline=None, joint=None) -> dict:
+    """Continual-learning metrics of R (T, T), R[i, j] = score on task j after training task i. Higher is better;
+    negate errors first. `baseline` (T,): scores before any training; `joint` (T,): of one model trained on all.
+
+    average             mean_j R[T, j]
+    backward_transfer   mean_{i<T} (R[T, i] - R[i, i])                     (Lopez-Paz and Ranzato 2017)
+    forward_transfer    mean_{i>=2} (R[i-1, i] - baseline_i)               (None without baseline)
+    forgetting          mean_{j<T} (max_{l<T} R[l, j] - R[T, j])           (Chaudhry et al. 2018), in [-1, 1]
+    intransigence       mean_k (joint_k - R[k, k])                         (None without joint)
+    old_task_mean       mean_{j<T} R[T, j]: what some papers call backward transfer; it cannot show forgetting
+    With a single task, what compares tasks is 0.0.
+
+    >>> cl_metrics([[0.8, 0.1], [0.3, 0.9]])["forgetting"]
+    0.5
+    """
+    R = np.array(R, dtype=float)
+    if R.ndim != 2 or R.shape[0] != R.shape[1] or len(R) == 0:
+        raise ValueError(f"R must be a square matrix, got the shape {R.shape}")
+    T = len(R)
+    for name, values in (("baseline", baseline), ("joint", joint)):
+        if values is not None and len(values) != T:
+            raise ValueError(f"{name} must have {T} entries, got {len(values)}")
+    old, diagonal = R[-1, :-1], np.diag(R)
+    forward = None
+    if baseline is not None:
+        forward = [R[i - 1, i] - baseline[i] for i in range(1, T)]
+        forward = round(float(np.mean(forward)), 12) if forward else 0.0
+    return {
+        "average": round(float(R[-1].mean()), 12),
+        "backward_transfer": round(float((old - diagonal[:-1]).mean()), 12) if T > 1 else 0.0,
+        "forward_transfer": forward,
+        "forgetting": round(float((R[:-1, :-1].max(0) - old).mean()), 12) if T > 1 else 0.0,
+        "intransigence": None if joint is None else round(float((np.array(joint) - diagonal).mean()), 12),
+        "old_task_mean": round(float(old.mean()), 12) if T > 1 else 0.0,
+    }
+
+
+def interval(values) -> tuple[float, float]:
+    """(mean, half width of the 95% confidence interval) over seeds, by Student's t; nan half width for one value."""
+    values = np.asarray(values, dtype=float)
+    quantiles = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 0.975, 1 to 9 degrees of freedom
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    t = quantiles[len(values) - 2] if len(values) - 2 < len(quantiles) else 1.96 + 2.5 / len(values)
+    return float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate_tasks(
+    model, tokenizer, tasks_by_domain, num_trials=1, user="scripted", max_turns=30, seed=0, label="evaluate", **sampling
+) -> dict:
+    """{domain: metrics} for the given tasks, all played at once, shared out over the ranks; every rank gets the
+    result. `sampling`: arguments of grpo.rollout. Invalid episodes (environment errors) are counted and left out.
+
+    metrics: reward_mean, reward_std (over episodes), pass_rate, pass_hat_1 ... pass_hat_<num_trials>, tool_accuracy
+    (share of gold actions taken), do_nothing_rate (the floor), turns, truncated, invalid, tasks, trials, user.
+    """
+    if num_trials < 1:
+        raise ValueError(f"num_trials must be at least 1, got {num_trials}")
+    jobs = [(domain, i) for domain, tasks in tasks_by_domain.items() for i in range(len(tasks))] * num_trials
+    mine = jobs[grpo.rank() :: grpo.world_size()]
+    episodes = [oracle.Episode(d, tasks_by_domain[d][i], user, max_turns) for d, i in mine]
+    generator = grpo.seeded_generator(model.device, seed, grpo.rank())
+    with tqdm(total=len(episodes), desc=label, leave=False, disable=grpo.rank() > 0) as bar:
+        played = grpo.rollout(model, tokenizer, episodes, generator=generator, on_finish=bar.update, **sampling)
+    results = []
+    for (domain, i), episode, trajectory in zip(mine, episodes, played, strict=True):
+        reward_info = oracle.score(episode) if trajectory.valid else None
+        results.append(
+            {
+                "domain": domain,
+                "task": i,
+                "reward": reward_info.reward if reward_info else None,
+                "tools": oracle.tool_accuracy(reward_info) if reward_info else None,
+                "turns": episode.turns,
+                "truncated": trajectory.truncated_turns > 0,
+            }
+        )
+    results = [result for part in grpo.all_gather_json(results) for result in part]
+    metrics = {}
+    for domain, tasks in tasks_by_domain.items():
+        here = [r for r in results if r["domain"] == domain]
+        valid = [r for r in here if r["reward"] is not None]
+        rewards = [r["reward"] for r in valid]
+        tools = [r["tools"] for r in valid if r["tools"] is not None]
+        counts = [[r["reward"] >= PASS for r in valid if r["task"] == i] for i in range(len(tasks))]
+        metrics[domain] = {
+            "reward_mean": float(np.mean(rewards)) if rewards else 0.0,
+            "reward_std": float(np.std(rewards)) if rewards else 0.0,
+            "pass_rate": float(np.mean([r >= PASS for r in rewards])) if rewards else 0.0,
+            "tool_accuracy": float(np.mean(tools)) if tools else 0.0,
+            "do_nothing_rate": oracle.do_nothing_reward(domain, tasks),
+            "turns": float(np.mean([r["turns"] for r in here])),
+            "truncated": float(np.mean([r["truncated"] for r in here])),
+            "invalid": len(here) - len(valid),
+            "tasks": len(tasks),
+            "trials": num_trials,
+            "user": user,
+        }
+        for k in range(1, num_trials + 1):
+            values = [pass_hat_k(sum(c), len(c), k) for c in counts if len(c) >= k]
+            metrics[domain][f"pass_hat_{k}"] = float(np.mean(values)) if values else 0.0
+    return metrics
+
+
+def evaluate(model, tokenizer, domain, split="test", max_tasks=None, **kwargs) -> dict:
+    """The metrics of one domain's split; see `evaluate_tasks`."""
+    tasks = oracle.load_tasks(domain, split, max_tasks)
+    return {"split": split, **evaluate_tasks(model, tokenizer, {domain: tasks}, **kwargs)[domain]}
+
+
+# ---------------------------------------------------------------------------------- what a run looked like
+
+
+def read_jsonl(path) -> list[dict]:
+    with open(path) as lines:
+        return [json.loads(line) for line in lines]
+
+
+def text_matrix(summary) -> str:
+    """The transfer matrix as text: a row per training stage, a column per domain."""
+    order = summary["task_order"]
+    width = max(len(name) for name in order) + 2
+    lines = [" " * 18 + "".join(f"{name:>{width}s}" for name in order)]
+    rows = [("before training", [summary["baseline"][d] for d in order])]
+    rows += [(f"after {d}", row) for d, row in zip(order, summary["R"], strict=True)]
+    rows += [("doing nothing", [summary["do_nothing_rate"][d] for d in order])]
+    for name, values in rows:
+        lines.append(f"{name:18s}" + "".join(f"{value:{width}.2f}" for value in values))
+    return "\n".join(lines)
+
+
+def plot_transfer_matrix(summary, path):
+    plt = _pyplot()
+    order = summary["task_order"]
+    rows = [[summary["baseline"][d] for d in order], *summary["R"], [summary["do_nothing_rate"][d] for d in order]]
+    names = ["before training", *[f"after {d}" for d in order], "doing nothing"]
+    figure, axes = plt.subplots(figsize=(3.6, 0.42 * len(rows) + 1.0), layout="constrained")
+    axes.imshow(rows, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(order)), order)
+    axes.set_yticks(range(len(names)), names)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.axhline(len(rows) - 1.5, color="black", linewidth=1)
+    axes.axhline(0.5, color="black", linewidth=1)
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            trained = i - 1 == j
+            axes.text(
+                j,
+                i,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                color="white" if value > 0.55 else "black",
+                fontweight="bold" if trained else "normal",
+            )
+    axes.set_title(f"mean reward, {summary['split']} split", fontsize=9)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def plot_learning_curves(records, summary, path):
+    """Reward of the rollouts by step for every domain, replayed ones too, and the evaluations on top."""
+    plt = _pyplot()
+    order = summary["task_order"]
+    figure, axes = plt.subplots(figsize=(6.4, 3.0), layout="constrained")
+    steps = [r for r in records if r["kind"] == "step"]
+    evaluations = [r for r in records if r["kind"] == "evaluation"]
+    for k, domain in enumerate(order):
+        points = [(r["global_step"], r["reward_by_domain"][domain]) for r in steps if domain in r["reward_by_domain"]]
+        style = {"color": COLOURS[k % 6], "linestyle": DASHES[k % 6]}
+        if points:
+            x, y = np.array(points).T
+            smooth = [y[max(0, i - 2) : i + 1].mean() for i in range(len(y))]
+            breaks = np.flatnonzero(np.diff(x) > 1) + 1  # no line across a domain in which none was replayed
+            for part in np.split(np.arange(len(x)), breaks):
+                axes.plot(x[part], np.array(smooth)[part], **style, linewidth=1.2, alpha=0.8)
+        marks = [(r["global_step"], r["scores"][domain]) for r in evaluations if domain in r["scores"]]
+        x, y = np.array(marks).T
+        label = f"{domain} (evaluated)"
+        axes.plot(x, y, MARKERS[k % 6], color=COLOURS[k % 6], markersize=6, markeredgecolor="black", label=label)
+    previous = 0
+    for r in evaluations[1:]:
+        if r["stage"] == "domain":
+            axes.axvline(r["global_step"], color="0.5", linewidth=0.8, linestyle=":")
+            axes.text((previous + r["global_step"]) / 2, 1.06, f"training {r['domain']}", ha="center", fontsize=8)
+            previous = r["global_step"]
+    axes.set(xlabel="optimiser step", ylabel="mean reward", ylim=(-0.03, 1.03))
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def write_report(run):
+    """report.md, learning_curves.png and transfer_matrix.png from summary.json and metrics.jsonl of a run."""
+    run = Path(run)
+    summary = json.loads((run / "summary.json").read_text())
+    records = read_jsonl(run / "metrics.jsonl")
+    plot_transfer_matrix(summary, run / "transfer_matrix.png")
+    plot_learning_curves(records, summary, run / "learning_curves.png")
+    order = summary["task_order"]
+    lines = [f"# {run.name}", "", f"{summary['cl_algorithm']} on {' -> '.join(order)}: {summary['note']}", ""]
+    lines += ["| mean reward | " + " | ".join(order) + " |", "|---" * (len(order) + 1) + "|"]
+    rows = [("before training", [summary["baseline"][d] for d in order])]
+    rows += [(f"after {d}", row) for d, row in zip(order, summary["R"], strict=True)]
+    rows += [("doing nothing", [summary["do_nothing_rate"][d] for d in order])]
+    lines += [f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |" for name, values in rows]
+    lines += ["", "| metric | value |", "|---|---|"]
+    lines += [f"| {name} | {value:.3f} |" for name, value in summary["metrics"].items() if value is not None]
+    lines += ["", "| domain | after the warm start | after GRPO | lift |", "|---|---|---|---|"]
+    for i, domain in enumerate(order):
+        start, end = summary["warm_start"].get(domain), summary["R"][i][i]
+        if start is not None:
+            lines.append(f"| {domain} | {start:.3f} | {end:.3f} | {end - start:+.3f} |")
+    lines += ["", "![learning curves](learning_curves.png)", "", "![transfer matrix](transfer_matrix.png)", ""]
+    lines += ["```", json.dumps(summary["statistics"], indent=1), json.dumps(summary["versions"], indent=1), "```", ""]
+    (run / "report.md").write_text("\n".join(lines))
+
+
+# ---------------------------------------------------------------------------------------- comparing runs
+
+
+def compare(runs) -> str:
+    """A Markdown table of runs grouped by configuration: mean and 95% interval over seeds of each metric, minutes,
+    and time as a ratio to sequential. Runs that differ in more than seed and name are different rows."""
+    groups = {}
+    for run in runs:
+        path = Path(run) / "summary.json"
+        if not path.is_file():
+            raise ValueError(f"{run} is not a finished run: there is no {path}")
+        summary = json.loads(path.read_text())
+        config = {k: v for k, v in summary["config"].items() if k not in ("seed", "run_name", "resume", "runs_dir")}
+        groups.setdefault(json.dumps(config, sort_keys=True), []).append(summary)
+    groups = list(groups.values())
+    base = [g for g in groups if g[0]["cl_algorithm"] == "sequential"]
+    base_minutes = np.mean([s["minutes"] for s in base[0]]) if base else None
+    varying = [
+        key
+        for key in groups[0][0]["config"]
+        if len({json.dumps(g[0]["config"].get(key)) for g in groups}) > 1
+        and key not in ("cl_algorithm", "seed", "run_name", "resume", "runs_dir")
+    ]
+    lines = [
+        "| algorithm | seeds | forgetting | average | backward transfer | least lift by GRPO | minutes | time / seq. |",
+        "|---" * 8 + "|",
+    ]
+
+    def cell(values):
+        mean, half = interval(values)
+        return f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}"
+
+    for group in groups:
+        name = group[0]["cl_algorithm"] + "".join(f", {key} {group[0]['config'].get(key)}" for key in varying)
+        domains = [d for d in group[0]["task_order"] if d in group[0]["warm_start"]]
+        lifts = {
+            d: np.mean([s["R"][s["task_order"].index(d)][s["task_order"].index(d)] - s["warm_start"][d] for s in group])
+            for d in domains
+        }
+        least = min(lifts, key=lifts.get) if lifts else None
+        minutes = [s["minutes"] for s in group]
+        ratio = f"{np.mean(minutes) / base_minutes:.2f}" if base_minutes else ""
+        columns = [cell([s["metrics"][m] for s in group]) for m in ("forgetting", "average", "backward_transfer")]
+        columns += [f"{lifts[least]:+.2f} ({least})" if least else "", cell(minutes), ratio]
+        lines.append(f"| {name} | {len(group)} | " + " | ".join(columns) + " |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------- the script
+
+
+@dataclass
+class Args:
+    """Evaluates a policy on tau2 domains, or compares finished runs."""
+
+    model_name_or_path: str | None = None
+    """a checkpoint directory or hub name of a causal LM with a chat template that takes tools"""
+    domains: list[str] = field(default_factory=lambda: list(oracle.DOMAINS))
+    """tau2 domains to evaluate on"""
+    split: str | None = None
+    """tau2's split; default: what the checkpoint's run evaluated on, else test"""
+    max_tasks: int | None = None
+    """the first so many tasks of each split; default: the tasks the checkpoint's run evaluated on, else all"""
+    num_trials: int = 1
+    """episodes per task; pass^1 to pass^num_trials are reported"""
+    user: str = "scripted"
+    """the user simulator"""
+    temperature: float | None = None
+    """sampling temperature; default: the checkpoint's run's, else 0.7"""
+    max_new_tokens: int | None = None
+    """tokens per agent turn; default: the checkpoint's run's, else 2048"""
+    max_turns: int | None = None
+    """agent turns per conversation; default: the checkpoint's run's, else 30"""
+    model_dtype: str | None = None
+    """what is computed in; default: the checkpoint's run's, else bfloat16"""
+    seed: int = 0
+    """of the sampling"""
+    output: str | None = None
+    """also write the metrics to this JSON file"""
+    compare: list[str] = field(default_factory=list)
+    """print a Markdown table of these finished runs instead"""
+
+
+def _run_config(model_name_or_path) -> dict:
+    """How the run that wrote this checkpoint evaluated; {} for any other model."""
+    path = Path(model_name_or_path).resolve().parent.parent / "config.json"
+    return json.loads(path.read_text()) if path.is_file() and Path(model_name_or_path).is_dir() else {}
+
+
+def main():
+    import tyro
+
+    args = tyro.cli(Args)
+    try:
+        if args.compare:
+            print(compare(args.compare))
+            return
+        if args.model_name_or_path is None:
+            raise ValueError("name a model with --model_name_or_path, or runs with --compare")
+        config = _run_config(args.model_name_or_path)
+
+        def setting(name, otherwise):
+            given = getattr(args, name, None)
+            return given if given is not None else config.get(name, otherwise)
+
+        split = args.split or config.get("eval_split", "test")
+        tasks = {}
+        for domain in args.domains:
+            chosen = config.get("eval_tasks", {}).get(domain) if (args.split or args.max_tasks) is None else None
+            everything = oracle.load_tasks(domain, split, args.max_tasks)
+            tasks[domain] = [t for t in everything if t.id in chosen] if chosen else everything
+        model, tokenizer = grpo.load_policy(args.model_name_or_path, setting("model_dtype", "bfloat16"))
+        metrics = evaluate_tasks(
+            model,
+            tokenizer,
+            tasks,
+            num_trials=args.num_trials,
+            user=args.user,
+            max_turns=setting("max_turns", 30),
+            seed=args.seed,
+            temperature=setting("temperature", 0.7),
+            max_new_tokens=setting("max_new_tokens", 2048),
+            max_context=config.get("max_context"),
+            max_user_tokens=config.get("max_user_tokens"),
+            max_tool_tokens=config.get("max_tool_tokens"),
+        )
+    except (ValueError, OSError) as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    keys = ["reward_mean", "reward_std", *[f"pass_hat_{k + 1}" for k in range(args.num_trials)]]
+    keys += ["tool_accuracy", "do_nothing_rate", "turns", "invalid", "tasks"]
+    print(f"{args.model_name_or_path}, {split} split, {args.user} user, {oracle.data_version()['tau2']}")
+    print(f"{'':10s}" + "".join(f"{key:>16s}" for key in keys))
+    for domain, values in metrics.items():
+        print(f"{domain:10s}" + "".join(f"{values[key]:16.3f}" for key in keys))
+    if args.output:
+        record = {"model": args.model_name_or_path, "split": split, "seed": args.seed, **oracle.data_version()}
+        Path(args.output).write_text(json.dumps({**record, "metrics": metrics}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

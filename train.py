@@ -1,0 +1,919 @@
+"""Continual GRPO on tau2-bench: one policy, one domain after another, with and without what protects its memory.
+
+    python train.py --cl_algorithm replay                                  the embedded policy, minutes on a CPU
+    torchrun --nproc_per_node=4 train.py --model_name_or_path Qwen/Qwen2.5-7B-Instruct --cl_algorithm replay
+    python train.py --resume runs/NAME                                     continues a run that was stopped
+
+For each domain: a warm start on gold demonstrations, GRPO steps, an evaluation on all domains, a checkpoint. One
+step: sample tasks -> the algorithm adds replayed ones -> rollouts -> tau2's rewards -> advantages -> loss -> one
+all-reduce of the raw gradients -> clip -> AdamW -> hooks -> log. The optimiser starts anew in each stage.
+
+Every random draw is a function of the seed and the position in the run, so that a resumed run repeats none and skips
+none. A step's loss is normalised by counts over all ranks: how trajectories are split does not change the gradient.
+"""
+
+import copy
+import dataclasses
+import datetime
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Set before torch is imported: gloo reports its connections otherwise.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import torch
+import torch.distributed as dist
+import transformers
+import tyro
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import eval as evaluation
+import grpo
+import oracle
+import replay
+
+
+@dataclass
+class Args:
+    """Trains one policy with GRPO on tau2 domains in sequence. The defaults are for a real model; with the embedded
+    policy ("tiny") other defaults apply, which are printed at the start."""
+
+    model_name_or_path: str = "tiny"
+    """directory or hub name of a causal LM with a chat template that takes tools, or the embedded "tiny" """
+    model_dtype: str = "bfloat16"
+    """what is computed in (autocast); the weights themselves are float32 masters"""
+    task_order: list[str] = field(default_factory=lambda: list(oracle.DOMAINS))
+    """the domains, in the order of training"""
+    max_tasks_per_domain: int | None = None
+    """train on so many tasks of each domain"""
+    task_selection: str = "all"
+    """which ones: "all" (the first in tau2's order) or "short" (the shortest that need two actions or more)"""
+    train_split: float = 0.8
+    """share of tasks to train on, for domains without splits of their own"""
+    user: str = "scripted"
+    """the user simulator; telecom is played in tau2's solo mode"""
+    max_turns: int = 30
+    """agent turns per conversation"""
+    seed: int = 0
+    """of everything"""
+
+    temperature: float = 0.7
+    """of the sampling, in rollouts and in the loss"""
+    max_new_tokens: int = 2048
+    """sampled tokens per agent turn"""
+    max_context: int | None = None
+    """tokens per conversation; default: what the model allows"""
+    max_user_tokens: int | None = None
+    """longer user messages are cut"""
+    max_tool_tokens: int | None = None
+    """longer tool results are cut"""
+
+    batch_size_per_gpu: int = 4
+    """tasks per micro-batch"""
+    gradient_accumulation_steps: int = 2
+    """micro-batches per optimiser step"""
+    num_samples_per_prompt: int = 4
+    """conversations per task: the group of GRPO"""
+    num_steps_per_task: int = 100
+    """optimiser steps per domain"""
+    learning_rate: float = 1e-6
+    """of GRPO (AdamW, no weight decay)"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    loss_type: str = "dapo"
+    """grpo, bnpo, dr_grpo, dapo, gspo or cispo"""
+    advantage_scale: str = "group"
+    """group, batch or none: what advantages are divided by"""
+    epsilon_low: float = 0.2
+    """lower clip of the ratio"""
+    epsilon_high: float = 0.28
+    """upper clip of the ratio"""
+    kl_coef: float = 0.1
+    """weight of the KL penalty against the policy as it was at the start of the domain's GRPO"""
+    kl_estimator: str = "k3"
+    """k1, k2 or k3"""
+    gamma: float = 1.0
+    """discount per agent turn"""
+    max_invalid_share: float = 0.5
+    """stop the run when more of a step's conversations end in environment errors"""
+
+    warmup_steps: int = 0
+    """at most so many supervised steps on gold demonstrations before each domain's GRPO"""
+    warmup_target: float | None = None
+    """end the warm start as soon as the sampled mean reward reaches this"""
+    warmup_check_every: int = 5
+    """steps between looks at the reward, once the loss is below 0.5 (with warmup_target)"""
+    warmup_learning_rate: float = 1e-5
+    """of the warm start"""
+
+    cl_algorithm: str = "sequential"
+    """sequential, replay, adaptive_replay, or path/to/file.py:MyAlgorithm"""
+    replay_ratio: float = 0.2
+    """share of replayed tasks in the mixed batch, in [0, 1)"""
+    replay_buffer_size: int = 1000
+    """tasks remembered per domain"""
+    replay_strategy: str = "random"
+    """random, high_reward, recent or balanced"""
+    buffer_policy: str = "reservoir"
+    """what a full buffer keeps"""
+    min_buffer_size: int = 10
+    """a domain with fewer remembered tasks is not replayed"""
+    replay_all_domains: bool = True
+    """False: replay the latest previous domain only"""
+    forgetting_threshold: float = 0.1
+    """adaptive_replay: a larger fall of a previous domain's score raises the ratio"""
+    adaptation_rate: float = 0.1
+    """adaptive_replay: by this much"""
+    min_replay_ratio: float = 0.1
+    """adaptive_replay: lowest ratio"""
+    max_replay_ratio: float = 0.5
+    """adaptive_replay: highest ratio"""
+
+    eval_split: str = "test"
+    """tau2's split to evaluate on; "train": the training tasks themselves"""
+    eval_max_tasks: int | None = None
+    """evaluate on so many tasks of each domain"""
+    eval_trials: int = 1
+    """conversations per task in an evaluation"""
+
+    run_name: str | None = None
+    """directory under runs_dir; default: algorithm, seed and time"""
+    runs_dir: str = "runs"
+    """where runs are written"""
+    resume: str | None = None
+    """continue this run directory from its last checkpoint, with its own settings"""
+    checkpoint_every: int = 10
+    """optimiser steps between checkpoints"""
+    keep_checkpoints: int = 2
+    """so many of the latest are kept"""
+
+
+# What the embedded policy needs to show something in minutes. It memorises a few tasks; a real model needs none of it.
+TINY = {
+    "model_dtype": "float32",
+    "max_tasks_per_domain": 4,
+    "task_selection": "short",
+    "max_turns": 6,
+    "temperature": 1.0,
+    "max_new_tokens": 96,
+    "max_context": 448,
+    "max_user_tokens": 96,
+    "max_tool_tokens": 24,
+    "batch_size_per_gpu": 2,
+    "num_samples_per_prompt": 16,
+    "num_steps_per_task": 12,
+    "learning_rate": 1e-3,
+    "advantage_scale": "none",
+    "kl_coef": 0.05,
+    "warmup_steps": 120,
+    "warmup_target": 0.3,
+    "warmup_learning_rate": 3e-3,
+    "min_buffer_size": 1,
+    "eval_split": "train",
+    "eval_trials": 16,
+}
+
+
+class StopRun(RuntimeError):
+    """The run cannot go on; the message is for the user."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop; the run is saved."""
+
+
+@dataclass
+class Group:
+    """What became of one task of the batch: the rewards of its samples on whichever rank, None where invalid."""
+
+    task: replay.TaskRef
+    replayed: bool
+    rewards: list
+
+
+@dataclass
+class Trainer:
+    """All there is in a run; hooks of an algorithm get it."""
+
+    args: Args
+    run: Path
+    model: torch.nn.Module
+    tokenizer: object
+    algorithm: replay.CLAlgorithm
+    tasks: dict[str, list]  # domain -> training tasks
+    eval_tasks: dict[str, list]
+    reference: torch.nn.Module | None = None  # the policy at the start of the domain's GRPO
+    optimizer: torch.optim.Optimizer | None = None
+    groups: list[Group] = field(default_factory=list)  # of this step, all ranks
+    scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    demonstrations: dict = field(default_factory=dict)
+    state: dict = field(
+        default_factory=lambda: {
+            "domain_index": 0,
+            "stage": "baseline",  # baseline, then for each domain warmup, grpo, evaluate
+            "step": 0,  # within the stage
+            "global_step": 0,  # GRPO steps so far
+            "seconds": 0.0,
+            "baseline": {},
+            "warm_start": {},
+            "R": [],
+        }
+    )
+
+    @property
+    def domain(self):
+        return self.args.task_order[self.state["domain_index"]]
+
+    @property
+    def step(self):
+        return self.state["global_step"]
+
+    def task(self, ref: replay.TaskRef):
+        return next(task for task in self.tasks[ref.domain] if task.id == ref.task_id)
+
+    def generator(self, purpose):
+        """Random numbers that depend on the seed, the rank and the position in the run only."""
+        position = (self.state["domain_index"], purpose, self.state["step"], grpo.rank())
+        return grpo.seeded_generator(self.model.device, self.args.seed, *position)
+
+
+# --------------------------------------------------------------------------------------------- one step
+
+
+def sample_batch(trainer: Trainer, count_per_rank) -> list[replay.TaskRef]:
+    """The whole batch of all ranks: new tasks without replacement within an epoch, and what the algorithm adds."""
+    tasks = trainer.tasks[trainer.domain]
+    seed = [trainer.args.seed, trainer.state["domain_index"], trainer.state["stage"] == "grpo"]
+    drawn = oracle.sample_tasks(tasks, count_per_rank * grpo.world_size(), trainer.state["step"], seed)
+    refs = [replay.TaskRef(trainer.domain, task.id) for task in drawn]
+    return trainer.algorithm.augment_batch(refs, trainer.domain)
+
+
+def sampling(args: Args) -> dict:
+    """The flags that grpo.rollout takes."""
+    names = ("temperature", "max_new_tokens", "max_context", "max_user_tokens", "max_tool_tokens")
+    return {name: getattr(args, name) for name in names}
+
+
+def collect(trainer: Trainer, batch):
+    """This rank's trajectories with their advantages, and the groups and statistics of all ranks."""
+    args, G = trainer.args, trainer.args.num_samples_per_prompt
+    start = time.perf_counter()
+    mine = batch[grpo.rank() :: grpo.world_size()]
+    tasks = [trainer.task(ref) for ref in mine]
+    episodes = [
+        oracle.Episode(ref.domain, task, args.user, args.max_turns)
+        for ref, task in zip(mine, tasks, strict=True)
+        for _ in range(G)
+    ]
+    trajectories = grpo.rollout(
+        trainer.model, trainer.tokenizer, episodes, generator=trainer.generator(1), **sampling(args)
+    )
+    rollout_seconds = time.perf_counter() - start
+    records = []
+    for i, (episode, trajectory) in enumerate(zip(episodes, trajectories, strict=True)):
+        parts = {}
+        if trajectory.valid:
+            reward_info = oracle.score(episode)
+            trajectory.reward = reward_info.reward
+            parts = {part.value: value for part, value in (reward_info.reward_breakdown or {}).items()}
+        messages = [m.model_dump(exclude_none=True, exclude={"timestamp", "requestor"}) for m in episode.messages]
+        records.append(
+            {
+                "kind": "trajectory",
+                "time": datetime.datetime.now().isoformat(timespec="seconds"),
+                "global_step": trainer.step,
+                "domain": trajectory.domain,
+                "task_id": trajectory.task_id,
+                "replayed": trajectory.domain != trainer.domain,
+                "sample": i % G,
+                "reward": trajectory.reward if trajectory.valid else None,
+                "reward_parts": parts,
+                "termination": trajectory.termination,
+                "error": trajectory.error,
+                "tokens": sum(trajectory.action_mask),
+                "turns": episode.turns,
+                "tool_errors": episode.errors,
+                "truncated": trajectory.truncated_turns > 0,
+                "messages": messages,
+            }
+        )
+    parts = grpo.all_gather_json(records)
+    records = []
+    for index in range(len(batch)):  # back into the order of the batch
+        records += parts[index % grpo.world_size()][index // grpo.world_size() * G :][:G]
+    groups = [
+        Group(ref, ref.domain != trainer.domain, [r["reward"] for r in records[i * G : (i + 1) * G]])
+        for i, ref in enumerate(batch)
+    ]
+    invalid = [r for r in records if r["reward"] is None]
+    if len(invalid) > args.max_invalid_share * len(records):
+        first = invalid[0]
+        raise StopRun(
+            f"{len(invalid)} of {len(records)} conversations ended in an error of the environment; the first, in "
+            f"{first['domain']} task {first['task_id']}: {first['error']}"
+        )
+    rewards_P_G = torch.tensor([[math.nan if r is None else r for r in g.rewards] for g in groups])
+    advantages_P_G = grpo.group_advantages(rewards_P_G, args.advantage_scale)
+    advantages = advantages_P_G[grpo.rank() :: grpo.world_size()].flatten().tolist()
+    stats = {"rollout_seconds": rollout_seconds, "score_seconds": time.perf_counter() - start - rollout_seconds}
+    return trajectories, advantages, groups, records, stats
+
+
+def sum_over_ranks(trainer, *values) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64, device=trainer.model.device)
+    if grpo.world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def optimizer_step(trainer: Trainer) -> float:
+    """One all-reduce of the raw gradients (missing ones as zeros), clip, step. Returns the norm before clipping."""
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    if grpo.world_size() > 1:
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(grad.view_as(p))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.args.max_grad_norm).item()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    return norm
+
+
+def update(trainer: Trainer, trajectories, advantages) -> dict:
+    """The GRPO update on this step's trajectories. What has no advantage gives no gradient and is left out."""
+    args, model = trainer.args, trainer.model
+    start = time.perf_counter()
+    kept = [(t, a) for t, a in zip(trajectories, advantages, strict=True) if a != 0.0 and any(t.action_mask)]
+    kept.sort(key=lambda pair: len(pair[0].token_ids))  # conversations of like length share a micro-batch
+    num_tokens, num_sequences = sum_over_ranks(trainer, sum(sum(t.action_mask) for t, _ in kept), len(kept))
+    size = args.batch_size_per_gpu * args.num_samples_per_prompt
+    totals = {"loss": 0.0, "kl": 0.0, "clip_share": 0.0}
+    extremes = [1.0, 1.0]
+    for begin in range(0, len(kept), size):
+        micro = kept[begin : begin + size]
+        batch = grpo.collate(
+            [t for t, _ in micro], [a for _, a in micro], args.gamma, model.device, trainer.tokenizer.pad_token_id or 0
+        )
+        scored = (batch["ids"], batch["attention_mask"], args.temperature or 1.0, batch["mask"])
+        ref_logprobs = None
+        if args.kl_coef > 0:
+            with torch.no_grad():
+                ref_logprobs = grpo.token_logprobs(trainer.reference, *scored)
+        loss, stats = grpo.policy_loss(
+            grpo.token_logprobs(model, *scored),
+            batch["old_logprobs"],
+            batch["advantages"],
+            batch["mask"],
+            args.loss_type,
+            args.epsilon_low,
+            args.epsilon_high,
+            ref_logprobs,
+            args.kl_coef,
+            args.kl_estimator,
+            normalizer=num_tokens,
+            max_tokens=args.max_context or args.max_turns * args.max_new_tokens,
+        )
+        tokens = int(batch["mask"].sum())
+        if args.loss_type in grpo.PER_SEQUENCE:  # a mean over sequences: this micro-batch's share of it
+            loss = loss * len(micro) / num_sequences
+        elif args.loss_type == "bnpo":
+            loss = loss * tokens / num_tokens
+        loss.backward()
+        totals["loss"] += loss.item()
+        totals["kl"] += stats.get("kl", 0.0) * tokens
+        totals["clip_share"] += stats["clip_share"] * tokens
+        extremes = [min(extremes[0], stats["ratio_min"]), max(extremes[1], stats["ratio_max"])]
+    extra = trainer.algorithm.extra_loss(trainer)
+    if extra is not None:
+        (extra / grpo.world_size()).backward()
+    norm = optimizer_step(trainer) if num_tokens > 0 or extra is not None else 0.0
+    loss, kl, clip = sum_over_ranks(trainer, *totals.values())
+    return {
+        "loss": loss,
+        "kl": kl / max(num_tokens, 1.0),
+        "clip_share": clip / max(num_tokens, 1.0),
+        "ratio_min": extremes[0],
+        "ratio_max": extremes[1],
+        "grad_norm": norm,
+        "action_tokens": int(num_tokens),
+        "update_seconds": time.perf_counter() - start,
+    }
+
+
+def grpo_step(trainer: Trainer) -> dict:
+    args = trainer.args
+    batch = sample_batch(trainer, args.batch_size_per_gpu * args.gradient_accumulation_steps)
+    trajectories, advantages, trainer.groups, records, stats = collect(trainer, batch)
+    stats.update(update(trainer, trajectories, advantages))
+    valid = [r for r in records if r["reward"] is not None]
+    by_domain = {}
+    for r in valid:
+        by_domain.setdefault(r["domain"], []).append(r["reward"])
+    by_domain = {domain: sum(values) / len(values) for domain, values in by_domain.items()}
+    flat = [len({r for r in g.rewards if r is not None}) <= 1 for g in trainer.groups]
+    append_jsonl(trainer.run / "trajectories.jsonl", records)
+    trainer.algorithm.post_step_hook(trainer, trainer.domain)
+    return {
+        "kind": "step",
+        "domain": trainer.domain,
+        "reward": by_domain.get(trainer.domain, 0.0),
+        "reward_by_domain": by_domain,
+        "flat_groups": sum(flat) / len(flat),
+        "replayed_groups": sum(g.replayed for g in trainer.groups) / len(trainer.groups),
+        "turns": sum(r["turns"] for r in records) / len(records),
+        "tool_errors": sum(r["tool_errors"] for r in records) / len(records),
+        "truncated": sum(r["truncated"] for r in records) / len(records),
+        "invalid": len(records) - len(valid),
+        **stats,
+    }
+
+
+def warmup_step(trainer: Trainer) -> float:
+    """One supervised step on gold demonstrations, replayed tasks among them. Returns the loss per token."""
+    args = trainer.args
+    batch = sample_batch(trainer, args.batch_size_per_gpu * args.gradient_accumulation_steps)
+    mine = [demonstration(trainer, ref) for ref in batch[grpo.rank() :: grpo.world_size()]]
+    num_tokens, _ = sum_over_ranks(trainer, sum(sum(t.action_mask) for t in mine), 0)
+    total = 0.0
+    for begin in range(0, len(mine), args.batch_size_per_gpu):
+        micro = mine[begin : begin + args.batch_size_per_gpu]
+        tensors = grpo.collate(
+            micro, [1.0] * len(micro), device=trainer.model.device, pad_id=trainer.tokenizer.pad_token_id or 0
+        )
+        logprobs = grpo.token_logprobs(
+            trainer.model, tensors["ids"], tensors["attention_mask"], mask_B_T=tensors["mask"]
+        )
+        loss = -logprobs.sum() / num_tokens
+        loss.backward()
+        total += loss.item()
+    optimizer_step(trainer)
+    return sum_over_ranks(trainer, total)[0]
+
+
+def demonstration(trainer: Trainer, ref) -> grpo.Trajectory:
+    if ref not in trainer.demonstrations:
+        args, task = trainer.args, trainer.task(ref)
+        turns = oracle.agent_turns(oracle.demonstrate(ref.domain, task, args.user))
+        episode = oracle.Episode(ref.domain, task, args.user, max_turns=len(turns) + 1)
+        limits = {"max_user_tokens": args.max_user_tokens, "max_tool_tokens": args.max_tool_tokens}
+        trainer.demonstrations[ref] = grpo.demonstration(trainer.tokenizer, episode, turns, **limits)
+    return trainer.demonstrations[ref]
+
+
+def evaluate(trainer: Trainer, stage, domains) -> dict[str, float]:
+    """Mean reward of each domain; logged with the other metrics of eval.py."""
+    args = trainer.args
+    details = evaluation.evaluate_tasks(
+        trainer.model,
+        trainer.tokenizer,
+        {domain: trainer.eval_tasks[domain] for domain in domains},
+        num_trials=args.eval_trials,
+        user=args.user,
+        max_turns=args.max_turns,
+        seed=trainer.generator(2 + ("check", "warmup", "baseline", "domain").index(stage)).initial_seed(),
+        label=f"evaluate ({', '.join(domains)})",
+        **sampling(args),
+    )
+    scores = {domain: values["reward_mean"] for domain, values in details.items()}
+    log(trainer, {"kind": "evaluation", "stage": stage, "domain": trainer.domain, "scores": scores, "details": details})
+    return scores
+
+
+# ------------------------------------------------------------------------------------- files and signals
+
+
+def append_jsonl(path, records):
+    if grpo.rank() == 0:
+        with open(path, "a") as lines:
+            lines.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def log(trainer, record):
+    position = {"global_step": trainer.step, "seconds": round(trainer.state["seconds"] + clock(trainer), 2)}
+    append_jsonl(trainer.run / "metrics.jsonl", [{**record, **position}])
+
+
+def clock(trainer):
+    return time.perf_counter() - trainer.started
+
+
+def say(text):
+    if grpo.rank() == 0:
+        tqdm.write(text)
+
+
+def write_json(path, value):
+    """Written aside and renamed: a kill leaves the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+def new_optimizer(trainer: Trainer, learning_rate):
+    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=learning_rate, weight_decay=0.0)
+
+
+def save_checkpoint(trainer: Trainer):
+    """A directory that transformers loads as a model, plus what the run needs to go on; the last few are kept."""
+    state = trainer.state
+    state["seconds"] += clock(trainer)
+    trainer.started = time.perf_counter()
+    if grpo.rank() == 0:
+        folder = trainer.run / "checkpoints"
+        name = f"{state['domain_index']}-{state['stage']}-{state['step']:05d}"
+        position = len(json.loads((folder / "index.json").read_text())) if (folder / "index.json").exists() else 0
+        final, temporary = folder / f"{position:05d}-{name}", folder / "saving.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            trainer.model.save_pretrained(temporary)
+            trainer.tokenizer.save_pretrained(temporary)
+            torch.save(trainer.optimizer.state_dict() if trainer.optimizer else {}, temporary / "optimizer.pt")
+            if trainer.reference is not None:
+                weights = {name: p.contiguous() for name, p in trainer.reference.named_parameters()}
+                save_file(weights, temporary / "reference.safetensors")
+            logs = {}
+            for log_name in ("metrics.jsonl", "trajectories.jsonl"):
+                path = trainer.run / log_name
+                logs[log_name] = path.stat().st_size if path.exists() else 0
+            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+            saved = {"state": state, "algorithm": trainer.algorithm.state_dict(), "logs": logs, "sizes": sizes}
+            (temporary / "state.json").write_text(json.dumps({**saved, "scores": trainer.scores}))
+            os.replace(temporary, final)
+            write_json(folder / "index.json", [*_index(folder), final.name])
+            link = folder / "LAST.tmp"
+            link.unlink(missing_ok=True)
+            link.symlink_to(final.name)
+            os.replace(link, folder / "LAST")
+            for old in sorted(path for path in folder.glob("[0-9]*") if path.is_dir())[
+                : -trainer.args.keep_checkpoints
+            ]:
+                shutil.rmtree(old)
+        except Exception as error:  # a full disk reaches us as OSError, SafetensorError or RuntimeError
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise StopRun(f"cannot write a checkpoint in {folder}: {error}; the previous one is intact") from error
+    if grpo.world_size() > 1:
+        dist.barrier()
+
+
+def _index(folder):
+    path = folder / "index.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def load_checkpoint(trainer: Trainer, folder: Path):
+    """Puts a trainer back to where the checkpoint was saved. Raises ValueError when the checkpoint is damaged."""
+    try:
+        saved = json.loads((folder / "state.json").read_text())
+        for name, size in saved["sizes"].items():
+            found = (folder / name).stat().st_size if (folder / name).exists() else None
+            if found != size:
+                raise ValueError(f"{name} has {found} bytes, expected {size}")
+        trainer.state, trainer.scores = saved["state"], saved["scores"]
+        trainer.algorithm.load_state_dict(saved["algorithm"])
+        args = trainer.args
+        if trainer.state["stage"] in ("warmup", "grpo"):
+            new_optimizer(trainer, args.learning_rate)
+            optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            if optimizer:
+                trainer.optimizer.load_state_dict(optimizer)
+        if (folder / "reference.safetensors").exists():
+            trainer.reference = copy.deepcopy(trainer.model).requires_grad_(False)
+            weights = load_file(folder / "reference.safetensors")
+            for name, p in trainer.reference.named_parameters():
+                p.data.copy_(weights[name])
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint {folder} is damaged ({error}); remove that directory to continue from the one before"
+        ) from error
+    if grpo.rank() == 0:  # what was logged after the checkpoint will be logged again
+        for name, size in saved["logs"].items():
+            if (trainer.run / name).exists():
+                os.truncate(trainer.run / name, size)
+
+
+class Signals:
+    """SIGINT and SIGTERM ask the run to save and stop at the next step; a second SIGINT stops it at once."""
+
+    def __init__(self):
+        self.received = 0
+        self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        say("stopping: finishing this step, then saving (press Ctrl-C again to stop at once)")
+
+    def check(self, trainer):
+        number = self.received
+        if grpo.world_size() > 1:  # all ranks or none
+            tensor = torch.tensor(number, device=trainer.model.device)
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            number = int(tensor)
+        if number:
+            save_checkpoint(trainer)
+            raise Interrupted(number)
+
+    def restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+def check(args: Args):
+    """Raises ValueError for settings that cannot work, before anything is loaded or written."""
+    positive = (
+        "batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "num_samples_per_prompt",
+        "max_turns",
+        "max_new_tokens",
+        "warmup_check_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "eval_trials",
+        "learning_rate",
+        "warmup_learning_rate",
+        "max_grad_norm",
+        "temperature",
+    )
+    for name in positive:
+        if not getattr(args, name) > 0:
+            raise ValueError(f"{name} must be greater than 0, got {getattr(args, name)}")
+    for name in ("num_steps_per_task", "warmup_steps", "kl_coef"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(args, name)}")
+    for name in ("gamma", "max_invalid_share"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {getattr(args, name)}")
+    if not 0 <= args.replay_ratio < 1:
+        raise ValueError(f"replay_ratio must be in [0, 1), got {args.replay_ratio}")
+    choices = {
+        "task_selection": ("all", "short"),
+        "loss_type": grpo.LOSS_TYPES,
+        "advantage_scale": ("group", "batch", "none"),
+        "kl_estimator": ("k1", "k2", "k3"),
+        "replay_strategy": replay.STRATEGIES,
+        "buffer_policy": replay.POLICIES,
+        "user": (*oracle.USERS, "solo"),
+    }
+    for name, known in choices.items():
+        if getattr(args, name) not in known:
+            raise ValueError(f"unknown {name} {getattr(args, name)!r}; choose one of {', '.join(known)}")
+    if not args.task_order or len(set(args.task_order)) != len(args.task_order):
+        raise ValueError(f"task_order must name each domain once, got {args.task_order}")
+
+
+def select_tasks(args: Args):
+    """(training tasks, evaluation tasks) by domain."""
+    train_tasks, eval_tasks = {}, {}
+    for domain in args.task_order:
+        if args.task_selection == "short":
+            if args.max_tasks_per_domain is None:
+                raise ValueError('task_selection "short" needs max_tasks_per_domain')
+            oracle.load_tasks(domain, "train", args.max_tasks_per_domain, args.train_split, args.seed)
+            train_tasks[domain] = oracle.short_tasks(domain, "train", args.max_tasks_per_domain)
+        else:
+            train_tasks[domain] = oracle.load_tasks(
+                domain, "train", args.max_tasks_per_domain, args.train_split, args.seed
+            )
+        if args.eval_split == "train":
+            eval_tasks[domain] = train_tasks[domain][: args.eval_max_tasks]
+        else:
+            eval_tasks[domain] = oracle.load_tasks(
+                domain, args.eval_split, args.eval_max_tasks, args.train_split, args.seed
+            )
+    return train_tasks, eval_tasks
+
+
+def set_up(args: Args) -> Trainer:
+    """Everything up to the first step. Raises ValueError or OSError for what the user can mend."""
+    folder = None
+    if args.resume:
+        run = Path(args.resume)
+        if not (run / "config.json").is_file():
+            raise ValueError(f"cannot resume {run}: there is no {run / 'config.json'}")
+        if (run / "summary.json").exists():
+            raise ValueError(f"cannot resume {run}: it is finished; see {run / 'report.md'}")
+        folders = sorted(path for path in (run / "checkpoints").glob("[0-9]*") if path.is_dir())
+        if not folders:
+            raise ValueError(f"cannot resume {run}: it has no checkpoint")
+        folder = folders[-1]
+        known = {f.name for f in dataclasses.fields(Args)}
+        config = json.loads((run / "config.json").read_text())
+        args = Args(**{**{k: v for k, v in config.items() if k in known}, "resume": args.resume})
+    check(args)
+    train_tasks, eval_tasks = select_tasks(args)
+    algorithm = replay.load_algorithm(args.cl_algorithm, args)
+    corpus = None
+    if args.model_name_or_path == "tiny":
+        # Cut, as the policy sees them; the tokenizer is made for these tasks, the policy knows no others.
+        corpus = [text[:400] for d, tasks in train_tasks.items() for text in oracle.corpus(d, tasks)]
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        source = str(folder) if folder else args.model_name_or_path
+        model, tokenizer = grpo.load_policy(source, args.model_dtype, device, args.seed, corpus=corpus)
+    except ValueError as error:
+        if folder is None:
+            raise
+        raise ValueError(f"checkpoint {folder} is damaged ({error}); remove that directory") from error
+    if folder is None:
+        algorithm_name = args.cl_algorithm.rpartition(":")[2]
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = grpo.all_gather_json(args.run_name or f"{algorithm_name}_seed{args.seed}_{stamp}")[0]
+        run = Path(args.runs_dir) / name
+        if any(grpo.all_gather_json(run.exists())):
+            raise ValueError(
+                f"run directory {run} exists; choose another --run_name, or continue it with --resume {run}"
+            )
+        if grpo.rank() == 0:
+            (run / "checkpoints").mkdir(parents=True)
+            tasks = {d: [task.id for task in tasks] for d, tasks in train_tasks.items()}
+            config = {**dataclasses.asdict(args), "run_name": name, "train_tasks": tasks}
+            write_json(
+                run / "config.json", {**config, "eval_tasks": {d: [t.id for t in v] for d, v in eval_tasks.items()}}
+            )
+        if grpo.world_size() > 1:
+            dist.barrier()
+    trainer = Trainer(args, run, model, tokenizer, algorithm, train_tasks, eval_tasks)
+    trainer.started = time.perf_counter()
+    if folder is not None:
+        load_checkpoint(trainer, folder)
+    return trainer
+
+
+def run_stages(trainer: Trainer, signals: Signals):
+    """The whole run, from wherever the trainer's state says it is."""
+    args, state = trainer.args, trainer.state
+    if state["stage"] == "baseline":
+        state["baseline"] = evaluate(trainer, "baseline", args.task_order)
+        new_optimizer(trainer, args.warmup_learning_rate)
+        state["stage"] = "warmup"
+        save_checkpoint(trainer)
+
+    while state["domain_index"] < len(args.task_order):
+        domain = trainer.domain
+
+        if state["stage"] == "warmup":
+            bar = tqdm(total=args.warmup_steps, initial=state["step"], desc=f"{domain}: warm start", **BAR)
+            while state["step"] < args.warmup_steps:
+                loss = warmup_step(trainer)
+                state["step"] += 1
+                log(trainer, {"kind": "warmup", "domain": domain, "loss": loss})
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}")
+                look = args.warmup_target is not None and loss < 0.5 and state["step"] % args.warmup_check_every == 0
+                if look and evaluate(trainer, "check", [domain])[domain] >= args.warmup_target:
+                    break
+                signals.check(trainer)
+            bar.close()
+            if state["step"]:
+                state["warm_start"].update(evaluate(trainer, "warmup", [domain]))
+            trainer.reference = copy.deepcopy(trainer.model).requires_grad_(False)
+            new_optimizer(trainer, args.learning_rate)
+            state.update(stage="grpo", step=0)
+            save_checkpoint(trainer)
+
+        if state["stage"] == "grpo":
+            bar = tqdm(total=args.num_steps_per_task, initial=state["step"], desc=f"{domain}: GRPO", **BAR)
+            while state["step"] < args.num_steps_per_task:
+                record = grpo_step(trainer)
+                state["step"] += 1
+                state["global_step"] += 1
+                log(trainer, record)
+                bar.update()
+                bar.set_postfix(reward=f"{record['reward']:.2f}", kl=f"{record['kl']:.3f}")
+                signals.check(trainer)
+                if state["step"] % args.checkpoint_every == 0:
+                    save_checkpoint(trainer)
+            bar.close()
+            state.update(stage="evaluate", step=0)
+
+        trainer.scores = evaluate(trainer, "domain", args.task_order)
+        state["R"].append([trainer.scores[d] for d in args.task_order])
+        trainer.algorithm.post_task_hook(trainer, domain)
+        shown = "  ".join(f"{d} {score:.2f}" for d, score in trainer.scores.items())
+        say(f"after {domain}: {shown}")
+        for name, value in trainer.algorithm.get_statistics().items():
+            say(f"  {name}: {value}")
+        new_optimizer(trainer, args.warmup_learning_rate)
+        trainer.reference = None
+        state.update(domain_index=state["domain_index"] + 1, stage="warmup", step=0)
+        save_checkpoint(trainer)
+
+
+BAR = {"disable": None, "leave": True}
+
+
+def summarize(trainer: Trainer) -> dict:
+    args, state = trainer.args, trainer.state
+    order = args.task_order
+    baseline = [state["baseline"][d] for d in order]
+    note = f"{args.user} user (telecom: solo mode), {args.eval_split} split, {oracle.data_version()['tau2']}"
+    if args.model_name_or_path == "tiny":
+        note += "; the embedded policy memorises a few training tasks, this is no benchmark score"
+    return {
+        "cl_algorithm": args.cl_algorithm,
+        "task_order": order,
+        "split": args.eval_split,
+        "user": args.user,
+        "note": note,
+        "seed": args.seed,
+        "baseline": state["baseline"],
+        "warm_start": state["warm_start"],
+        "R": state["R"],
+        "metrics": evaluation.cl_metrics(state["R"], baseline),
+        "do_nothing_rate": {d: oracle.do_nothing_reward(d, trainer.eval_tasks[d]) for d in order},
+        "statistics": trainer.algorithm.get_statistics(),
+        "minutes": (state["seconds"] + clock(trainer)) / 60,
+        "ranks": grpo.world_size(),
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            **oracle.data_version(),
+        },
+        "config": dataclasses.asdict(args),
+    }
+
+
+def train(args: Args) -> dict:
+    """Runs (or resumes) a training run and returns its summary, as written to summary.json.
+
+    Raises ValueError for bad settings, StopRun when the run cannot go on, Interrupted after a signal (saved).
+    """
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    BAR["disable"] = grpo.rank() > 0
+    trainer = set_up(args)
+    args = trainer.args
+    size = sum(p.numel() for p in trainer.model.parameters())
+    number = {d: len(tasks) for d, tasks in trainer.tasks.items()}
+    say(f"{args.cl_algorithm} on {args.model_name_or_path} ({size / 1e6:.1f}M parameters), {grpo.world_size()} rank(s)")
+    say(f"training tasks: {number}; evaluated on the {args.eval_split} split, {args.user} user")
+    if args.model_name_or_path == "tiny":
+        changed = {name: value for name, value in TINY.items() if getattr(args, name) == value}
+        say("settings of the embedded policy: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
+    say(f"writing {trainer.run}")
+    signals = Signals()
+    try:
+        run_stages(trainer, signals)
+    finally:
+        signals.restore()
+    summary = summarize(trainer)
+    if grpo.rank() == 0:
+        write_json(trainer.run / "summary.json", summary)
+        evaluation.write_report(trainer.run)
+    say("\n" + evaluation.text_matrix(summary) + "\n")
+    say("  ".join(f"{name} {value:.2f}" for name, value in summary["metrics"].items() if value is not None))
+    say(f"{summary['minutes']:.1f} minutes; report: {trainer.run / 'report.md'}")
+    return summary
+
+
+def parse_args(argv=None) -> Args:
+    """The flags; where the embedded policy is meant, its settings are the defaults."""
+    args = tyro.cli(Args, args=argv)
+    if args.model_name_or_path == "tiny" and not args.resume:
+        args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **TINY))
+    return args
+
+
+def main():
+    args = parse_args()
+    try:
+        train(args)
+    except Interrupted as stop:
+        print("saved; continue with --resume", file=sys.stderr)
+        raise SystemExit(128 + stop.args[0]) from None
+    except KeyboardInterrupt:
+        print("\nstopped at once; continue with --resume from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError, StopRun) as error:
+        if grpo.rank() == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
