@@ -100,12 +100,13 @@ def load_tasks(domain, split="train", max_tasks=None, train_split=0.8, seed=0) -
 
 
 def short_tasks(domain, split, count) -> list[Task]:
-    """The `count` tasks with the least to say in their gold conversation, among those on which doing nothing fails
-    and two actions or more are needed; no two open alike. What the embedded policy, which memorises, can learn in
+    """The `count` tasks with the least to say in their gold conversation, among those whose end state needs the agent
+    to act, twice or more; no two open alike. What the embedded policy, which memorises, can learn in
     minutes. Raises ValueError when there are fewer."""
     candidates = {}
     for task in load_tasks(domain, split):
-        if len(task.evaluation_criteria.actions or []) < 2 or score(_do_nothing(domain, task)).reward > 0.0:
+        idle = score(_do_nothing(domain, task), "env")  # not "all": babble may hold the number to be communicated
+        if len(task.evaluation_criteria.actions or []) < 2 or idle.reward > 0.0:
             continue
         demonstration = demonstrate(domain, task)
         length = len(json.dumps(agent_turns(demonstration)))
