@@ -117,7 +117,7 @@ def evaluate_tasks(
                 "reward": reward_info.reward if reward_info else None,
                 "tools": oracle.tool_accuracy(reward_info) if reward_info else None,
                 "turns": episode.turns,
-                "truncated": trajectory.truncated_turns > 0,
+                "truncated": trajectory.truncated,
             }
         )
     results = [result for part in grpo.all_gather_json(results) for result in part]

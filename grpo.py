@@ -64,6 +64,11 @@ class Trajectory:
     error: str = ""
     truncated_turns: int = 0  # agent turns cut at max_new_tokens
 
+    @property
+    def truncated(self) -> bool:
+        """Cut short, by max_new_tokens in some turn, by the context, or by the episode's max_turns."""
+        return self.truncated_turns > 0 or self.termination == "max_steps"
+
     def append(self, ids, turn=-1, logprobs=None):
         self.token_ids.extend(ids)
         self.action_mask.extend([turn >= 0] * len(ids))

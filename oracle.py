@@ -24,6 +24,7 @@ import re
 import statistics
 import time
 import warnings
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,31 +157,17 @@ class CopyOnWrite(dict):
         self.touched.add(key)
         super().__delitem__(key)
 
-    def get(self, key, default=None):
-        if key not in self:
-            return default
-        return self[key]
-
     def pop(self, key, *default):
         self.touched.add(key)
         return super().pop(key, *default)
 
-    def setdefault(self, key, default=None):
-        if key not in self:
-            self[key] = default
-        return self[key]
-
-    def update(self, *args, **kwargs):
-        for key, value in dict(*args, **kwargs).items():
-            self[key] = value
-
     def popitem(self):
-        self.touched.add(next(reversed(self)))
-        return super().popitem()
+        key = next(reversed(self))
+        return key, self.pop(key)
 
-    def clear(self):
-        self.touched.update(self)
-        super().clear()
+    # dict's own would pass over the methods above
+    get, setdefault = MutableMapping.get, MutableMapping.setdefault
+    update, clear = MutableMapping.update, MutableMapping.clear
 
 
 def _private_db(db):
@@ -799,9 +786,8 @@ def show(domain, split, name):
         raise ValueError(f"no task {name!r} in {domain}/{split}; give an id, or a number below {len(tasks)}")
     episode = demonstrate(domain, task)
     print(f"{domain} task {task.id} ({split}), user: {'solo' if episode.solo else 'scripted'}\n")
-    opening = {"role": "ticket" if episode.solo else "", "content": task.ticket}
     if episode.solo:
-        print(f"[ticket] {opening['content']}\n")
+        print(f"[ticket] {task.ticket}\n")
     for message in episode.messages:
         if isinstance(message, (AssistantMessage, UserMessage)) and message.tool_calls:
             for call in message.tool_calls:

