@@ -218,7 +218,8 @@ class ChatFormat:
         self.end_id = ids[0]
         self.end = tokenizer.convert_ids_to_tokens(self.end_id)
         self.stop_ids = {self.end_id, tokenizer.eos_token_id} - {None}
-        self.special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        # Not all_special_tokens: that has only those with a role, such as eos and pad.
+        self.special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         call = {"type": "function", "function": {"name": "probe_tool", "arguments": {"key": 'va"lue', "n": [1, 2.5]}}}
         text = tokenizer.decode(self.turn({"role": "assistant", "content": "", "tool_calls": [call]})[:-1])
         parsed = parse_message(text)["tool_calls"]
@@ -330,7 +331,7 @@ def all_gather_json(value) -> list:
 
 def seeded_generator(device, *seeds) -> torch.Generator:
     """A generator whose numbers depend on all of the (non-negative) seeds."""
-    words = np.random.SeedSequence(seeds).generate_state(2)
+    words = np.random.SeedSequence([len(seeds), *seeds]).generate_state(2)  # alone, (1,) and (1, 0) are the same
     return torch.Generator(device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 

@@ -38,7 +38,7 @@ def reference_advantages(rewards, scale):
 def test_group_advantages(scale):
     nan = math.nan
     rewards = [[1.0, 0.0, 0.0, 1.0], [0.3, nan, 0.9, 0.1], [0.7] * 4, [nan, 1.0, nan, nan], [nan] * 4]
-    expected = torch.tensor(reference_advantages(rewards, scale))
+    expected = torch.tensor(reference_advantages(rewards, scale), dtype=torch.float32)
     torch.testing.assert_close(group_advantages(rewards, scale), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -63,7 +63,7 @@ def reference_loss(lp, old, A, m, loss_type, lo, hi, ref, kl_coef, estimator, no
             else:
                 r = torch.exp(mean_log_ratio if loss_type == "gspo" else lp[b, t] - old[b, t])
                 clipped = torch.clamp(r, 1 - lo, 1 + hi)
-                loss = -min(r * A[b, t], clipped * A[b, t], key=float)
+                loss = -min(r * A[b, t], clipped * A[b, t], key=lambda x: x.item())
             if ref is not None:
                 d = ref[b, t] - lp[b, t]
                 loss = loss + kl_coef * {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - d - 1}[estimator]
