@@ -31,8 +31,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen2Config, Qwen2Tokenizer
 from transformers.cache_utils import DynamicLayer
 
 transformers.utils.logging.disable_progress_bar()
@@ -108,25 +109,12 @@ TINY_CORPUS = [
 
 def _tiny(corpus, seed):
     """A Qwen2 of about a million parameters with a byte-level BPE tokenizer trained on `corpus`, in seconds."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(" ", "merged_with_next"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    tokenizer = Qwen2Tokenizer(eos_token="<|im_end|>").train_new_from_iterator(
+        corpus or TINY_CORPUS,
         vocab_size=2048,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        new_special_tokens=["<|im_start|>"],
+        initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus or TINY_CORPUS, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        clean_up_tokenization_spaces=False,
     )
     tokenizer.add_tokens(["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"])
     tokenizer.chat_template = TINY_TEMPLATE
@@ -213,13 +201,14 @@ class ChatFormat:
         rendered = self._render([user, probe])
         tail = rendered.rpartition(self.PROBE)[2]
         ids = tokenizer(tail, add_special_tokens=False).input_ids
-        if not ids or ids[0] not in tokenizer.all_special_ids:
+        # Not all_special_ids: they are only those with a role, such as eos and pad.
+        special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special = list(special.values())
+        if not ids or ids[0] not in special:
             raise ValueError(f"{name}: the chat template does not end an assistant turn with a special token")
         self.end_id = ids[0]
         self.end = tokenizer.convert_ids_to_tokens(self.end_id)
         self.stop_ids = {self.end_id, tokenizer.eos_token_id} - {None}
-        # Not all_special_tokens: that has only those with a role, such as eos and pad.
-        self.special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         call = {"type": "function", "function": {"name": "probe_tool", "arguments": {"key": 'va"lue', "n": [1, 2.5]}}}
         text = tokenizer.decode(self.turn({"role": "assistant", "content": "", "tool_calls": [call]})[:-1])
         parsed = parse_message(text)["tool_calls"]

@@ -112,7 +112,7 @@ class Args:
     warmup_target: float | None = None
     """end the warm start as soon as the sampled mean reward reaches this"""
     warmup_check_every: int = 5
-    """steps between looks at the reward, once the loss per token is below 0.1 (with warmup_target)"""
+    """steps between looks at the reward, once the loss per token is below 0.25 (with warmup_target)"""
     warmup_learning_rate: float = 1e-5
     """of the warm start"""
 
@@ -176,8 +176,8 @@ TINY = {
     "advantage_scale": "none",
     "kl_coef": 0.05,
     "warmup_steps": 150,
-    "warmup_target": 0.25,
-    "warmup_check_every": 3,
+    "warmup_target": 0.2,
+    "warmup_check_every": 2,
     "warmup_learning_rate": 3e-3,
     "replay_ratio": 0.4,
     "min_buffer_size": 1,
@@ -773,7 +773,7 @@ def run_stages(trainer: Trainer, signals: Signals):
                 log(trainer, {"kind": "warmup", "domain": domain, "loss": loss})
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}")
-                look = args.warmup_target is not None and loss < 0.1 and state["step"] % args.warmup_check_every == 0
+                look = args.warmup_target is not None and loss < 0.25 and state["step"] % args.warmup_check_every == 0
                 if look and evaluate(trainer, "check", [domain])[domain] >= args.warmup_target:
                     break
                 signals.check(trainer)
@@ -896,7 +896,7 @@ def main():
     try:
         train(args)
     except Interrupted as stop:
-        print("saved; continue with --resume", file=sys.stderr)
+        print("\nsaved; continue with --resume", file=sys.stderr)
         raise SystemExit(128 + stop.args[0]) from None
     except KeyboardInterrupt:
         print("\nstopped at once; continue with --resume from the last checkpoint", file=sys.stderr)

@@ -58,7 +58,7 @@ def reference_loss(lp, old, A, m, loss_type, lo, hi, ref, kl_coef, estimator, no
         losses = []
         for t in tokens:
             if loss_type == "cispo":
-                weight = min(math.exp(float(lp[b, t] - old[b, t])), hi)
+                weight = min(math.exp((lp[b, t] - old[b, t]).item()), hi)
                 loss = -weight * A[b, t] * lp[b, t]
             else:
                 r = torch.exp(mean_log_ratio if loss_type == "gspo" else lp[b, t] - old[b, t])
