@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen2Config, Qwen2Tokenizer
@@ -158,7 +159,7 @@ def load_policy(name_or_path, dtype="bfloat16", device=None, seed=0, weights_dty
             model = AutoModelForCausalLM.from_pretrained(
                 name_or_path, dtype=known[weights_dtype], trust_remote_code=False, use_safetensors=True
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"cannot load a model from {name_or_path!r}: {reason}") from error
     for scaling in ("final_logit_softcapping", "logits_scaling", "logit_scale"):

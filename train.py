@@ -582,31 +582,34 @@ def save_checkpoint(trainer: Trainer):
         dist.barrier()
 
 
-def load_checkpoint(trainer: Trainer, folder: Path):
-    """Puts a trainer back to where the checkpoint was saved. Raises ValueError when the checkpoint is damaged."""
+def read_checkpoint(folder: Path) -> dict:
+    """The saved state, once every file has been found whole. Raises ValueError, naming what is damaged."""
     try:
         saved = json.loads((folder / "state.json").read_text())
         for name, size in saved["sizes"].items():
             found = (folder / name).stat().st_size if (folder / name).exists() else None
             if found != size:
                 raise ValueError(f"{name} has {found} bytes, expected {size}")
-        trainer.state, trainer.scores = saved["state"], saved["scores"]
-        trainer.algorithm.load_state_dict(saved["algorithm"])
-        args = trainer.args
-        if trainer.state["stage"] in ("warmup", "grpo"):
-            new_optimizer(trainer, args.learning_rate)
-            optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            if optimizer:
-                trainer.optimizer.load_state_dict(optimizer)
-        if (folder / "reference.safetensors").exists():
-            trainer.reference = copy.deepcopy(trainer.model).requires_grad_(False)
-            weights = load_file(folder / "reference.safetensors")
-            for name, p in trainer.reference.named_parameters():
-                p.data.copy_(weights[name])
-    except Exception as error:
+    except (ValueError, KeyError, OSError) as error:
         raise ValueError(
             f"checkpoint {folder} is damaged ({error}); remove that directory to continue from the one before"
         ) from error
+    return saved
+
+
+def load_checkpoint(trainer: Trainer, folder: Path, saved: dict):
+    """Puts a trainer, its model loaded already, back to where the checkpoint was saved."""
+    trainer.state, trainer.scores = saved["state"], saved["scores"]
+    trainer.algorithm.load_state_dict(saved["algorithm"])
+    new_optimizer(trainer, trainer.args.learning_rate)
+    optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    if optimizer:
+        trainer.optimizer.load_state_dict(optimizer)
+    if (folder / "reference.safetensors").exists():
+        trainer.reference = copy.deepcopy(trainer.model).requires_grad_(False)
+        weights = load_file(folder / "reference.safetensors")
+        for name, p in trainer.reference.named_parameters():
+            p.data.copy_(weights[name])
     if grpo.rank() == 0:  # what was logged after the checkpoint will be logged again
         for name, size in saved["logs"].items():
             if (trainer.run / name).exists():
@@ -710,6 +713,7 @@ def set_up(args: Args) -> Trainer:
         if not checkpoints(run):
             raise ValueError(f"cannot resume {run}: it has no checkpoint")
         folder = checkpoints(run)[-1]
+        saved = read_checkpoint(folder)
         known = {f.name for f in dataclasses.fields(Args)}
         config = json.loads((run / "config.json").read_text())
         args = Args(**{**{k: v for k, v in config.items() if k in known}, "resume": args.resume})
@@ -722,13 +726,8 @@ def set_up(args: Args) -> Trainer:
         corpus = [text[:400] for d, tasks in train_tasks.items() for text in oracle.corpus(d, tasks)]
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    try:
-        source = str(folder) if folder else args.model_name_or_path
-        model, tokenizer = grpo.load_policy(source, args.model_dtype, device, args.seed, corpus=corpus)
-    except ValueError as error:
-        if folder is None:
-            raise
-        raise ValueError(f"checkpoint {folder} is damaged ({error}); remove that directory") from error
+    source = str(folder) if folder else args.model_name_or_path
+    model, tokenizer = grpo.load_policy(source, args.model_dtype, device, args.seed, corpus=corpus)
     if folder is None:
         algorithm_name = args.cl_algorithm.rpartition(":")[2]
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -749,7 +748,7 @@ def set_up(args: Args) -> Trainer:
             dist.barrier()
     trainer = Trainer(args, run, model, tokenizer, algorithm, train_tasks, eval_tasks)
     if folder is not None:
-        load_checkpoint(trainer, folder)
+        load_checkpoint(trainer, folder, saved)
     return trainer
 
 
