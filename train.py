@@ -6,7 +6,7 @@
 
 For each domain: a warm start on gold demonstrations, GRPO steps, an evaluation on all domains, a checkpoint. One
 step: sample tasks -> the algorithm adds replayed ones -> rollouts -> tau2's rewards -> advantages -> loss -> one
-all-reduce of the raw gradients -> clip -> AdamW -> hooks -> log. The optimiser starts anew in each stage.
+all-reduce of the raw gradients -> clip -> AdamW -> hooks -> log.
 
 Every random draw is a function of the seed and the position in the run, so that a resumed run repeats none and skips
 none. A step's loss is normalised by counts over all ranks: how trajectories are split does not change the gradient.
@@ -112,7 +112,7 @@ class Args:
     warmup_target: float | None = None
     """end the warm start as soon as the sampled mean reward reaches this"""
     warmup_check_every: int = 5
-    """steps between looks at the reward, once the loss per token is below 0.25 (with warmup_target)"""
+    """steps between looks at the reward, once the loss per token is below 0.2 (with warmup_target)"""
     warmup_learning_rate: float = 1e-5
     """of the warm start"""
 
@@ -167,18 +167,18 @@ TINY = {
     "temperature": 0.5,
     "max_new_tokens": 96,
     "max_context": 320,
-    "max_user_tokens": 48,
+    "max_user_tokens": 64,
     "max_tool_tokens": 12,
     "batch_size_per_gpu": 2,
     "num_samples_per_prompt": 16,
     "num_steps_per_task": 16,
-    "learning_rate": 2e-4,
+    "learning_rate": 7e-4,
     "advantage_scale": "none",
     "kl_coef": 0.05,
     "warmup_steps": 150,
-    "warmup_target": 0.2,
-    "warmup_check_every": 2,
-    "warmup_learning_rate": 3e-3,
+    "warmup_target": 0.25,
+    "warmup_check_every": 1,
+    "warmup_learning_rate": 2e-3,
     "replay_ratio": 0.4,
     "min_buffer_size": 1,
     "eval_split": "train",
@@ -488,7 +488,7 @@ def evaluate(trainer: Trainer, stage, domains) -> dict[str, float]:
         trainer.model,
         trainer.tokenizer,
         {domain: trainer.eval_tasks[domain] for domain in domains},
-        num_trials=args.eval_trials,
+        num_trials=max(1, args.eval_trials // 2) if stage == "check" else args.eval_trials,
         user=args.user,
         max_turns=args.max_turns,
         seed=trainer.generator(2 + ("check", "warmup", "baseline", "domain").index(stage)).initial_seed(),
@@ -530,8 +530,14 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
-def new_optimizer(trainer: Trainer, learning_rate):
-    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=learning_rate, weight_decay=0.0)
+def start_stage(trainer: Trainer, stage, learning_rate):
+    """One AdamW serves the whole run: its second moments carry over from stage to stage (anew, the first steps would
+    move every weight by the full rate, whatever its gradient), its momentum, of another loss, does not."""
+    trainer.state.update(stage=stage, step=0)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = learning_rate
+    for moments in trainer.optimizer.state.values():
+        moments["exp_avg"].zero_()
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -555,7 +561,7 @@ def save_checkpoint(trainer: Trainer):
             temporary.mkdir(parents=True)
             trainer.model.save_pretrained(temporary)
             trainer.tokenizer.save_pretrained(temporary)
-            torch.save(trainer.optimizer.state_dict() if trainer.optimizer else {}, temporary / "optimizer.pt")
+            torch.save(trainer.optimizer.state_dict(), temporary / "optimizer.pt")
             if trainer.reference is not None:
                 weights = {name: p.contiguous() for name, p in trainer.reference.named_parameters()}
                 save_file(weights, temporary / "reference.safetensors")
@@ -601,10 +607,7 @@ def load_checkpoint(trainer: Trainer, folder: Path, saved: dict):
     """Puts a trainer, its model loaded already, back to where the checkpoint was saved."""
     trainer.state, trainer.scores = saved["state"], saved["scores"]
     trainer.algorithm.load_state_dict(saved["algorithm"])
-    new_optimizer(trainer, trainer.args.learning_rate)
-    optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    if optimizer:
-        trainer.optimizer.load_state_dict(optimizer)
+    trainer.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
     if (folder / "reference.safetensors").exists():
         trainer.reference = copy.deepcopy(trainer.model).requires_grad_(False)
         weights = load_file(folder / "reference.safetensors")
@@ -747,6 +750,7 @@ def set_up(args: Args) -> Trainer:
         if grpo.world_size() > 1:
             dist.barrier()
     trainer = Trainer(args, run, model, tokenizer, algorithm, train_tasks, eval_tasks)
+    trainer.optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     if folder is not None:
         load_checkpoint(trainer, folder, saved)
     return trainer
@@ -757,8 +761,7 @@ def run_stages(trainer: Trainer, signals: Signals):
     args, state = trainer.args, trainer.state
     if state["stage"] == "baseline":
         state["baseline"] = evaluate(trainer, "baseline", args.task_order)
-        new_optimizer(trainer, args.warmup_learning_rate)
-        state["stage"] = "warmup"
+        start_stage(trainer, "warmup", args.warmup_learning_rate)
         save_checkpoint(trainer)
 
     while state["domain_index"] < len(args.task_order):
@@ -772,7 +775,7 @@ def run_stages(trainer: Trainer, signals: Signals):
                 log(trainer, {"kind": "warmup", "domain": domain, "loss": loss})
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}")
-                look = args.warmup_target is not None and loss < 0.25 and state["step"] % args.warmup_check_every == 0
+                look = args.warmup_target is not None and loss < 0.2 and state["step"] % args.warmup_check_every == 0
                 if look and evaluate(trainer, "check", [domain])[domain] >= args.warmup_target:
                     break
                 signals.check(trainer)
@@ -780,8 +783,7 @@ def run_stages(trainer: Trainer, signals: Signals):
             if state["step"]:
                 state["warm_start"].update(evaluate(trainer, "warmup", [domain]))
             trainer.reference = copy.deepcopy(trainer.model).requires_grad_(False)
-            new_optimizer(trainer, args.learning_rate)
-            state.update(stage="grpo", step=0)
+            start_stage(trainer, "grpo", args.learning_rate)
             save_checkpoint(trainer)
 
         if state["stage"] == "grpo":
@@ -806,9 +808,9 @@ def run_stages(trainer: Trainer, signals: Signals):
         say(f"after {domain}: {shown}")
         for name, value in trainer.algorithm.get_statistics().items():
             say(f"  {name}: {value}")
-        new_optimizer(trainer, args.warmup_learning_rate)
         trainer.reference = None
-        state.update(domain_index=state["domain_index"] + 1, stage="warmup", step=0)
+        state["domain_index"] += 1
+        start_stage(trainer, "warmup", args.warmup_learning_rate)
         save_checkpoint(trainer)
 
 

@@ -408,6 +408,19 @@ def test_the_embedded_policy_has_settings_of_its_own_and_a_real_model_does_not_i
     assert dataclasses.asdict(real) == {**dataclasses.asdict(Args()), "model_name_or_path": "some/model"}
 
 
+def test_the_embedded_policy_can_tell_its_tasks_apart():
+    """Cut to max_user_tokens, no two openings of a domain are alike."""
+    args = parse_args(["--run_name", "unused"])
+    tasks, _ = train.select_tasks(args)
+    corpus = [text[:400] for domain in tasks for text in oracle.corpus(domain, tasks[domain])]
+    _, tokenizer = grpo.load_policy("tiny", "float32", "cpu", corpus=corpus)
+    chat = grpo.ChatFormat.of(tokenizer)
+    for domain in tasks:
+        openings = [oracle.Episode(domain, task).opening()[-1] for task in tasks[domain]]
+        cut = {chat.cut(opening, args.max_user_tokens)["content"] for opening in openings}
+        assert len(cut) == len(tasks[domain]) == args.max_tasks_per_domain
+
+
 def test_the_defaults_are_those_of_the_design():
     expected = {
         "model_dtype": "bfloat16",
