@@ -579,13 +579,12 @@ def save_checkpoint(trainer: Trainer):
             link.unlink(missing_ok=True)
             link.symlink_to(final.name)
             os.replace(link, folder / "LAST")
-            for old in sorted(path for path in folder.glob("[0-9]*") if path.is_dir())[
-                : -trainer.args.keep_checkpoints
-            ]:
+            for old in checkpoints(trainer.run)[: -trainer.args.keep_checkpoints]:
                 shutil.rmtree(old)
         except Exception as error:  # a full disk reaches us as OSError, SafetensorError or RuntimeError
             shutil.rmtree(temporary, ignore_errors=True)
-            raise StopRun(f"cannot write a checkpoint in {folder}: {error}; the previous one is intact") from error
+            kept = f"; {earlier[-1].name} is intact" if earlier else ""
+            raise StopRun(f"cannot write a checkpoint in {folder}: {error}{kept}") from error
     if grpo.world_size() > 1:
         dist.barrier()
 
