@@ -184,48 +184,44 @@ def law_trainer(loss_type, micro):
     return trainer, trajectories, [0.5, -1.0, 0.0, 0.7, 1.0, -0.3, 0.2]
 
 
-def law_step(rank, world, loss_type, micro, shares, path):
-    torch.set_num_threads(1)
-    if world > 1:
-        torch.distributed.init_process_group("gloo", f"file://{path}.sync", rank=rank, world_size=world)
+def law_weights(loss_type, micro, mine) -> torch.Tensor:
+    """The weights after one step (SGD, rate 1) on this rank's share of the trajectories."""
     trainer, trajectories, advantages = law_trainer(loss_type, micro)
-    mine = shares[rank]
     train.update(trainer, [trajectories[i] for i in mine], [advantages[i] for i in mine])
-    torch.save(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), f"{path}.{rank}")
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-def law_gradient(loss_type, micro, shares, path) -> torch.Tensor:
-    """The step taken (SGD, rate 1: the gradient itself); ranks must end with equal weights."""
-    path = f"{path}/{loss_type}-{micro}-{len(shares)}"
-    if len(shares) == 1:
-        law_step(0, 1, loss_type, micro, shares, path)
-    else:
-        args = (len(shares), loss_type, micro, shares, path)
-        torch.multiprocessing.spawn(law_step, args, nprocs=len(shares))
-    weights = [torch.load(f"{path}.{rank}", weights_only=True) for rank in range(len(shares))]
-    assert all(torch.equal(weights[0], other) for other in weights)
-    start = law_trainer(loss_type, micro)[0].model
-    return torch.cat([p.detach().flatten() for p in start.parameters()]) - weights[0]
+def law_gradient(loss_type, weights) -> torch.Tensor:
+    start = law_trainer(loss_type, 1)[0].model
+    return torch.cat([p.detach().flatten() for p in start.parameters()]) - weights
 
 
 @pytest.mark.parametrize("loss_type", grpo.LOSS_TYPES)
-def test_the_gradient_does_not_depend_on_micro_batches(loss_type, tmp_path):
-    together = law_gradient(loss_type, 8, [list(range(7))], tmp_path)
-    apart = law_gradient(loss_type, 1, [list(range(7))], tmp_path)
+def test_the_gradient_does_not_depend_on_micro_batches(loss_type):
+    together, apart = (law_gradient(loss_type, law_weights(loss_type, micro, range(7))) for micro in (8, 1))
     assert together.norm() > 1e-3
     assert (together - apart).norm() / together.norm() < 1e-5
 
 
-@pytest.mark.parametrize(
-    "loss_type, shares", [("dapo", [[0, 1, 2, 3, 4], [5, 6]]), ("grpo", [[0, 1, 3, 4, 5, 6], [2]])]
-)
-def test_the_gradient_does_not_depend_on_ranks(loss_type, shares, tmp_path):
-    """Uneven counts; and a rank that has nothing with an advantage."""
-    together = law_gradient(loss_type, 8, [list(range(7))], tmp_path)
-    apart = law_gradient(loss_type, 2, shares, tmp_path)
-    assert (together - apart).norm() / together.norm() < 1e-5
+# Uneven counts; and a rank that has nothing with an advantage.
+SHARES = [("dapo", [[0, 1, 2, 3, 4], [5, 6]]), ("grpo", [[0, 1, 3, 4, 5, 6], [2]])]
+
+
+def law_rank(rank, path):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{path}.sync", rank=rank, world_size=2)
+    for case, (loss_type, shares) in enumerate(SHARES):
+        torch.save(law_weights(loss_type, 2, shares[rank]), f"{path}.{case}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_the_gradient_does_not_depend_on_ranks(tmp_path):
+    torch.multiprocessing.spawn(law_rank, [str(tmp_path / "law")], nprocs=2)
+    for case, (loss_type, _) in enumerate(SHARES):
+        first, second = (torch.load(tmp_path / f"law.{case}.{rank}", weights_only=True) for rank in (0, 1))
+        assert torch.equal(first, second)  # the ranks stay the same policy
+        together = law_gradient(loss_type, law_weights(loss_type, 8, range(7)))
+        assert (together - law_gradient(loss_type, first)).norm() / together.norm() < 1e-5
 
 
 # ---------------------------------------------------------------------------------------- stop and resume
@@ -248,6 +244,16 @@ class Stopper(AdaptiveReplayCL):
 """
 
 
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """(folder, flags) of a run to compare stopped ones with."""
+    folder = tmp_path_factory.mktemp("never_stopped")
+    (folder / "stopper.py").write_text(STOPPER)
+    flags = [*SMALL, "--cl_algorithm", f"{folder / 'stopper.py'}:Stopper"]
+    train.train(parse_args([*flags, "--runs_dir", str(folder), "--run_name", "whole"]))
+    return folder, flags
+
+
 def comparable(run):
     """Everything of a finished run that must not depend on its having been stopped."""
     seconds = {"seconds", "rollout_seconds", "score_seconds", "update_seconds"}
@@ -262,15 +268,10 @@ def comparable(run):
 @pytest.mark.parametrize(
     "number, step, code", [(signal.SIGINT, 1, 130), (signal.SIGTERM, 2, 143), (signal.SIGKILL, 3, -9)]
 )
-def test_a_stopped_run_continues_as_if_it_had_not_been(number, step, code, tmp_path, monkeypatch):
-    (tmp_path / "stopper.py").write_text(STOPPER)
-    flags = [*SMALL, "--cl_algorithm", f"{tmp_path / 'stopper.py'}:Stopper", "--runs_dir", str(tmp_path)]
-    monkeypatch.setenv("STOP_AT", str(step))
-    args = parse_args([*flags, "--run_name", "whole"])
-    torch.set_num_threads(1)
-    train.train(args)
+def test_a_stopped_run_continues_as_if_it_had_not_been(number, step, code, never_stopped, tmp_path):
+    folder, flags = never_stopped
     stopped = subprocess.run(
-        [sys.executable, "train.py", *flags, "--run_name", "stopped"],
+        [sys.executable, "train.py", *flags, "--runs_dir", str(tmp_path), "--run_name", "stopped"],
         cwd=ROOT,
         env={**ENV, "STOP_WITH": str(int(number)), "STOP_AT": str(step)},
         capture_output=True,
@@ -281,7 +282,7 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(number, step, code, tmp_p
     assert "Traceback" not in stopped.stderr
     assert not (tmp_path / "stopped" / "summary.json").exists()
     train.train(parse_args(["--resume", str(tmp_path / "stopped")]))
-    whole, resumed = comparable(tmp_path / "whole"), comparable(tmp_path / "stopped")
+    whole, resumed = comparable(folder / "whole"), comparable(tmp_path / "stopped")
     for a, b in zip(whole, resumed, strict=True):
         assert a == b
 
