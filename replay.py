@@ -287,8 +287,9 @@ class ReplayCL(CLAlgorithm):
 
 class AdaptiveReplayCL(ReplayCL):
     """Replay whose ratio follows forgetting: up when a previous domain's score has fallen by more than
-    `forgetting_threshold` from its best, slowly down otherwise. The score is the evaluation's at a domain's end and,
-    between evaluations, a running mean of the rewards of its replayed tasks, which cost nothing extra."""
+    `forgetting_threshold` from its best, slowly down otherwise. The score is a running mean of the rewards of the
+    domain's rollouts, new and replayed ones: it costs nothing extra, and no evaluation task steers the training. A new
+    domain begins at `replay_ratio` again: that the last one left the old ones alone says nothing of the next."""
 
     SMOOTHING = 0.3
 
@@ -311,31 +312,26 @@ class AdaptiveReplayCL(ReplayCL):
             "minimum": min_replay_ratio,
             "maximum": max_replay_ratio,
         }
-        self.ratio = min(max(self.ratio, min_replay_ratio), max_replay_ratio)
+        self.ratio = self.initial_ratio = min(max(self.ratio, min_replay_ratio), max_replay_ratio)
         self.best: dict[str, float] = {}
         self.recent: dict[str, float] = {}
 
     def post_step_hook(self, trainer, domain):
         super().post_step_hook(trainer, domain)
-        for previous in self.best:
-            rewards = [
-                reward
-                for group in trainer.groups
-                if group.task.domain == previous and group.replayed
-                for reward in group.rewards
-                if reward is not None
-            ]
-            if rewards:
-                self.recent[previous] += self.SMOOTHING * (float(np.mean(rewards)) - self.recent[previous])
+        rewards = {}
+        for group in trainer.groups:
+            rewards.setdefault(group.task.domain, []).extend(r for r in group.rewards if r is not None)
+        for played, values in rewards.items():
+            if values:
+                score = self.recent.get(played, float(np.mean(values)))
+                self.recent[played] = score + self.SMOOTHING * (float(np.mean(values)) - score)
+                self.best[played] = max(self.best.get(played, 0.0), self.recent[played])
         if any(group.replayed for group in trainer.groups):
-            drop = max(self.best[d] - self.recent[d] for d in self.best)
+            drop = max(self.best[d] - self.recent[d] for d in self.best if d != domain)
             self.ratio = adapt_ratio(self.ratio, drop, **self.adaptation)
 
     def post_task_hook(self, trainer, domain):
-        for trained in [*self.best, domain]:
-            score = trainer.scores[trained]
-            self.best[trained] = max(score, self.best.get(trained, score))
-            self.recent[trained] = score
+        self.ratio = self.initial_ratio
 
     def get_statistics(self):
         drops = {domain: round(self.best[domain] - self.recent[domain], 3) for domain in self.best}
@@ -363,7 +359,10 @@ def load_algorithm(name, args=None) -> CLAlgorithm:
     path, _, class_name = name.rpartition(":")
     if not Path(path).is_file():
         raise ValueError(f"cl_algorithm: there is no file {path!r}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # A name of its own: the user's file may be a changed copy called replay.py.
+    spec = importlib.util.spec_from_file_location("rehearse_user_algorithm", path)
+    if spec is None:
+        raise ValueError(f"cl_algorithm: {path!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

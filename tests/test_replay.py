@@ -145,14 +145,19 @@ def test_latest_domain_only():
 
 def test_adaptive_ratio_follows_the_drop():
     algorithm = AdaptiveReplayCL(replay_ratio=0.2, min_buffer_size=1)
-    algorithm.post_task_hook(SimpleNamespace(scores={"airline": 0.8}), "airline")
     old, new = TaskRef("airline", "0"), TaskRef("retail", "0")
+    step(algorithm, (old, [1.0, 0.6]), domain="airline")
     step(algorithm, (new, [0.0]), (old, [0.8]), domain="retail")
     assert algorithm.ratio == pytest.approx(0.19)
-    step(algorithm, (new, [0.0]), (old, [0.0]), domain="retail")  # 0.8 -> 0.56: more than the threshold
+    step(algorithm, (new, [0.0]), (old, [0.0, None]), domain="retail")  # 0.8 -> 0.56: more than the threshold
     assert algorithm.ratio == pytest.approx(0.29)
+    assert algorithm.get_statistics()["drop from best"] == {"airline": 0.24, "retail": 0.0}
     step(algorithm, (new, [0.0]), domain="retail")  # nothing replayed, nothing known
     assert algorithm.ratio == pytest.approx(0.29)
+    step(algorithm, (new, [0.0]), (old, [None]), domain="retail")  # nothing valid: as before
+    assert algorithm.ratio == pytest.approx(0.39)
+    algorithm.post_task_hook(None, "retail")
+    assert algorithm.ratio == 0.2
 
 
 @pytest.mark.parametrize("kind", [ReplayCL, AdaptiveReplayCL])
@@ -160,7 +165,6 @@ def test_state_survives_json(kind):
     algorithm = kind(replay_ratio=0.4, min_buffer_size=1, replay_buffer_size=3, seed=5)
     for i in range(6):
         step(algorithm, (TaskRef("airline", str(i)), [i / 6]), domain="airline")
-    algorithm.post_task_hook(SimpleNamespace(scores={"airline": 0.5}), "airline")
     twin = kind(replay_ratio=0.1, min_buffer_size=1, replay_buffer_size=3, seed=99)
     twin.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
     new = [TaskRef("retail", "0")] * 3
