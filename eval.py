@@ -6,6 +6,7 @@
 Data flow: model + tasks -> episodes -> rewards -> one row of R -> cl_metrics -> report.md and pictures.
 """
 
+import datetime
 import json
 import math
 import sys
@@ -90,11 +91,66 @@ def interval(values) -> tuple[float, float]:
 # -------------------------------------------------------------------------------------------- evaluation
 
 
+class StopRun(RuntimeError):
+    """It makes no sense to go on; the message is for the user."""
+
+
+def score_and_record(episode, trajectory) -> dict:
+    """Sets the trajectory's reward, and returns all there is to say of the conversation, as JSON. Where environment or
+    evaluator failed, the trajectory is invalid and its reward None."""
+    parts = {}
+    if trajectory.valid:
+        try:
+            reward_info = oracle.score(episode)
+            trajectory.reward = reward_info.reward
+            parts = {part.value: value for part, value in (reward_info.reward_breakdown or {}).items()}
+        except Exception as error:  # named in the record, and counted
+            trajectory.valid, trajectory.error = False, f"{type(error).__name__}: {error}"
+    return {
+        "time": datetime.datetime.now().isoformat(timespec="seconds"),
+        "domain": trajectory.domain,
+        "task_id": trajectory.task_id,
+        "reward": trajectory.reward if trajectory.valid else None,
+        "reward_parts": parts,
+        "tool_accuracy": oracle.tool_accuracy(episode),
+        "termination": trajectory.termination,
+        "error": trajectory.error,
+        "tokens": sum(trajectory.action_mask),
+        "turns": episode.turns,
+        "tool_errors": episode.errors,
+        "truncated": trajectory.truncated,
+        "messages": [m.model_dump(exclude_none=True, exclude={"timestamp", "requestor"}) for m in episode.messages],
+    }
+
+
+def stop_if_invalid(records, max_share):
+    """Raises StopRun when a larger share of the conversations ended in an environment error; names the first."""
+    invalid = [r for r in records if r["reward"] is None]
+    if len(invalid) > max_share * len(records):
+        first = invalid[0]
+        raise StopRun(
+            f"{len(invalid)} of {len(records)} conversations ended in an error of the environment; the first, in "
+            f"{first['domain']} task {first['task_id']}: {first['error']}"
+        )
+
+
 def evaluate_tasks(
-    model, tokenizer, tasks_by_domain, num_trials=1, user="scripted", max_turns=30, seed=0, label="evaluate", **sampling
+    model,
+    tokenizer,
+    tasks_by_domain,
+    num_trials=1,
+    user="scripted",
+    max_turns=30,
+    seed=0,
+    max_invalid_share=0.5,
+    at_once=256,
+    label="evaluate",
+    on_records=None,
+    **sampling,
 ) -> dict:
-    """{domain: metrics} for the given tasks, all played at once, shared out over the ranks; every rank gets the
-    result. `sampling`: arguments of grpo.rollout. Invalid episodes (environment errors) are counted and left out.
+    """{domain: metrics} for the given tasks, `at_once` conversations at a time on each rank; all ranks get it.
+    `sampling`: arguments of grpo.rollout; `on_records`: called with the list of all conversations' records.
+    Invalid episodes (environment errors) are counted and left out; StopRun above `max_invalid_share` of them.
 
     metrics: reward_mean, reward_std (over episodes), pass_rate, pass_hat_1 ... pass_hat_<num_trials>, tool_accuracy
     (share of gold actions taken), do_nothing_rate (the floor), turns, truncated, invalid, tasks, trials, user.
@@ -103,31 +159,25 @@ def evaluate_tasks(
         raise ValueError(f"num_trials must be at least 1, got {num_trials}")
     jobs = [(domain, i) for domain, tasks in tasks_by_domain.items() for i in range(len(tasks))] * num_trials
     mine = jobs[grpo.rank() :: grpo.world_size()]
-    episodes = [oracle.Episode(d, tasks_by_domain[d][i], user, max_turns) for d, i in mine]
     generator = grpo.seeded_generator(model.device, seed, grpo.rank())
-    with tqdm(total=len(episodes), desc=label, leave=False, disable=grpo.rank() > 0) as bar:
-        played = grpo.rollout(model, tokenizer, episodes, generator=generator, on_finish=bar.update, **sampling)
-    results = []
-    for (domain, i), episode, trajectory in zip(mine, episodes, played, strict=True):
-        reward_info = oracle.score(episode) if trajectory.valid else None
-        results.append(
-            {
-                "domain": domain,
-                "task": i,
-                "reward": reward_info.reward if reward_info else None,
-                "tools": oracle.tool_accuracy(reward_info) if reward_info else None,
-                "turns": episode.turns,
-                "truncated": trajectory.truncated,
-            }
-        )
-    results = [result for part in grpo.all_gather_json(results) for result in part]
+    records = []
+    with tqdm(total=len(mine), desc=label, leave=False, disable=grpo.rank() > 0) as bar:
+        for begin in range(0, len(mine), at_once):
+            batch = mine[begin : begin + at_once]
+            episodes = [oracle.Episode(d, tasks_by_domain[d][i], user, max_turns) for d, i in batch]
+            played = grpo.rollout(model, tokenizer, episodes, generator=generator, on_finish=bar.update, **sampling)
+            records += [score_and_record(e, t) for e, t in zip(episodes, played, strict=True)]
+    records = [record for part in grpo.all_gather_json(records) for record in part]
+    stop_if_invalid(records, max_invalid_share)
+    if on_records is not None:
+        on_records(records)
     metrics = {}
     for domain, tasks in tasks_by_domain.items():
-        here = [r for r in results if r["domain"] == domain]
+        here = [r for r in records if r["domain"] == domain]
         valid = [r for r in here if r["reward"] is not None]
         rewards = [r["reward"] for r in valid]
-        tools = [r["tools"] for r in valid if r["tools"] is not None]
-        counts = [[r["reward"] >= PASS for r in valid if r["task"] == i] for i in range(len(tasks))]
+        tools = [r["tool_accuracy"] for r in valid if r["tool_accuracy"] is not None]
+        passed = [[r["reward"] >= PASS for r in valid if r["task_id"] == task.id] for task in tasks]
         metrics[domain] = {
             "reward_mean": float(np.mean(rewards)) if rewards else 0.0,
             "reward_std": float(np.std(rewards)) if rewards else 0.0,
@@ -142,7 +192,7 @@ def evaluate_tasks(
             "user": user,
         }
         for k in range(1, num_trials + 1):
-            values = [pass_hat_k(sum(c), len(c), k) for c in counts if len(c) >= k]
+            values = [pass_hat_k(sum(p), len(p), k) for p in passed if len(p) >= k]
             metrics[domain][f"pass_hat_{k}"] = float(np.mean(values)) if values else 0.0
     return metrics
 
@@ -412,20 +462,20 @@ def main():
             max_user_tokens=config.get("max_user_tokens"),
             max_tool_tokens=config.get("max_tool_tokens"),
         )
-    except (ValueError, OSError) as error:
+        if grpo.rank() > 0:
+            return
+        keys = ["reward_mean", "reward_std", *[f"pass_hat_{k + 1}" for k in range(args.num_trials)]]
+        keys += ["tool_accuracy", "do_nothing_rate", "turns", "invalid", "tasks"]
+        print(f"{args.model_name_or_path}, {split} split, {args.user} user, {oracle.data_version()['tau2']}")
+        print(f"{'':10s}" + "".join(f"{key:>16s}" for key in keys))
+        for domain, values in metrics.items():
+            print(f"{domain:10s}" + "".join(f"{values[key]:16.3f}" for key in keys))
+        if args.output:
+            record = {"model": args.model_name_or_path, "split": split, "seed": args.seed, **oracle.data_version()}
+            Path(args.output).write_text(json.dumps({**record, "metrics": metrics}, indent=1))
+    except (ValueError, OSError, StopRun) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if grpo.rank() > 0:
-        return
-    keys = ["reward_mean", "reward_std", *[f"pass_hat_{k + 1}" for k in range(args.num_trials)]]
-    keys += ["tool_accuracy", "do_nothing_rate", "turns", "invalid", "tasks"]
-    print(f"{args.model_name_or_path}, {split} split, {args.user} user, {oracle.data_version()['tau2']}")
-    print(f"{'':10s}" + "".join(f"{key:>16s}" for key in keys))
-    for domain, values in metrics.items():
-        print(f"{domain:10s}" + "".join(f"{values[key]:16.3f}" for key in keys))
-    if args.output:
-        record = {"model": args.model_name_or_path, "split": split, "seed": args.seed, **oracle.data_version()}
-        Path(args.output).write_text(json.dumps({**record, "metrics": metrics}, indent=1))
 
 
 if __name__ == "__main__":

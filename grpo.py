@@ -13,6 +13,7 @@ What differs from GRPO as published (Shao et al. 2024, arXiv:2402.03300), and wh
 """
 
 import copy
+import datetime
 import json
 import logging
 import os
@@ -149,7 +150,7 @@ def load_policy(name_or_path, dtype="bfloat16", device=None, lora_rank=0, seed=0
     """
     if lora_rank != 0:
         raise ValueError(f"lora_rank must be 0, got {lora_rank}: only full fine-tuning is supported")
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     for value in (dtype, weights_dtype):
         if value not in known:
             raise ValueError(f"unknown dtype {value!r}; choose one of {', '.join(known)}")
@@ -170,6 +171,7 @@ def load_policy(name_or_path, dtype="bfloat16", device=None, lora_rank=0, seed=0
             raise ValueError(f"{name_or_path}: models with {scaling} are not supported by token_logprobs")
     model.to(device=device, dtype=known[weights_dtype]).eval()  # eval: dropout would break the ratio of 1
     model.compute_dtype = known[dtype]
+    _new_cache(model)  # refuses what rollouts cannot play, before anything is written
     ChatFormat.of(tokenizer)
     return model, tokenizer
 
@@ -200,6 +202,7 @@ class ChatFormat:
         name = tokenizer.name_or_path or "the tokenizer"
         if not tokenizer.chat_template:
             raise ValueError(f"{name} has no chat template; an agent needs one (an Instruct model has it)")
+        self.template = tokenizer.get_chat_template(tools=[{}])  # some have one for tools beside the default
         user = {"role": "user", "content": "x"}
         probe = {"role": "assistant", "content": self.PROBE}
         rendered = self._render([user, probe])
@@ -224,16 +227,22 @@ class ChatFormat:
 
     def _render(self, messages, tools=None, add_generation_prompt=False):
         return self.tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages,
+            tools=tools,
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
 
     def _clean(self, messages):
         """A tool's or user's text must not contain the template's own control tokens."""
         cleaned = []
         for message in messages:
-            content = message["content"]
-            for token in self.special:
-                content = content.replace(token, "")
+            content, before = message["content"], None
+            while content != before:  # what remains may join up to another one
+                before = content
+                for token in self.special:
+                    content = content.replace(token, "")
             cleaned.append({**message, "content": content})
         return cleaned
 
@@ -282,6 +291,7 @@ def parse_message(text: str) -> dict:
     [{'type': 'function', 'function': {'name': 'f', 'arguments': {'a': 1}}}]
     """
     text = re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
+    text = text.rsplit("</think>", 1)[-1]  # some templates open <think> themselves
     calls = []
     for block in re.findall(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|$)", text, flags=re.DOTALL):
         try:
@@ -305,7 +315,8 @@ def init_distributed() -> str:
     if device != "cpu":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        # Long, since ranks wait for the longest conversation of all, and for rank 0's checkpoints.
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=datetime.timedelta(hours=6))
     return device
 
 
@@ -353,7 +364,7 @@ class RoomyLayer(DynamicLayer):
         end = start + key_states.shape[-2]
         if self.room is None or self.room.shape[-2] < end:
             batch, heads, _, head_dim = key_states.shape
-            room = key_states.new_empty((2, batch, heads, max(256, 2 * end), head_dim))
+            room = key_states.new_empty((2, batch, heads, max(256, 2 * end), head_dim), dtype=value_states.dtype)
             if start:
                 room[0, :, :, :start] = self.keys
                 room[1, :, :, :start] = self.values
@@ -372,7 +383,8 @@ class RoomyLayer(DynamicLayer):
 def _new_cache(model):
     cache = DynamicCache(config=model.config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        raise ValueError("rollouts support full attention in every layer; this model has sliding or linear layers")
+        name = model.config.name_or_path or model.config.model_type
+        raise ValueError(f"{name}: rollouts need full attention in every layer; this model has other layers")
     cache.layers = [RoomyLayer() for _ in cache.layers]
     return cache
 

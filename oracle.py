@@ -102,21 +102,23 @@ def load_tasks(domain, split="train", max_tasks=None, train_split=0.8, seed=0) -
     return chosen
 
 
-def short_tasks(domain, split, count) -> list[Task]:
+def short_tasks(domain, split, count, train_split=0.8, seed=0) -> list[Task]:
     """The `count` tasks with the least to say in their gold conversation, among those whose end state needs the agent
     to act, twice or more; no two open alike. What the embedded policy, which memorises, can learn in
     minutes. Raises ValueError when there are fewer."""
     candidates = {}
-    for task in load_tasks(domain, split):
-        idle = score(_do_nothing(domain, task), "env")  # not "all": babble may hold the number to be communicated
-        if len(task.evaluation_criteria.actions or []) < 2 or idle.reward > 0.0:
+    for task in load_tasks(domain, split, None, train_split, seed):
+        criteria = task.evaluation_criteria
+        if criteria is None or len(criteria.actions or []) < 2:
+            continue
+        if score(_do_nothing(domain, task), "env").reward > 0.0:  # not "all": babble may hold what must be said
             continue
         demonstration = demonstrate(domain, task)
         length = len(json.dumps(agent_turns(demonstration)))
         opening = demonstration.opening()[-1]["content"]  # telecom: many tasks share a ticket
         candidates[opening] = min((length, task.id), candidates.get(opening, (length, task.id)))
     if count > len(candidates):
-        raise ValueError(f"{domain}/{split} has {len(candidates)} such tasks, asked for {count}")
+        raise ValueError(f"{domain}/{split} has {len(candidates)} short tasks that need two actions, asked for {count}")
     return [_all_tasks(domain)[task_id] for _, task_id in sorted(candidates.values())[:count]]
 
 
@@ -343,6 +345,17 @@ def _finite(text):
     return number
 
 
+def _short_integer(text):
+    if len(text) > 18:  # tau2 prints numbers that it computed, and Python refuses to print very long ones
+        raise Rejected(f"the number {text[:20]}... is too large")
+    return int(text)
+
+
+def _depth(value) -> int:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, children), default=0)
+
+
 def parse_arguments(arguments) -> dict:
     """A tool call's arguments (JSON text, or a dict) as a dict that tau2 can store, or Rejected."""
     if not isinstance(arguments, str):
@@ -353,7 +366,9 @@ def parse_arguments(arguments) -> dict:
     if len(arguments) > MAX_TEXT:
         raise Rejected(f"the arguments are longer than {MAX_TEXT} characters")
     try:
-        parsed = json.loads(arguments, parse_constant=_reject_constant, parse_float=_finite)
+        parsed = json.loads(arguments, parse_constant=_reject_constant, parse_float=_finite, parse_int=_short_integer)
+        if _depth(parsed) > 20:
+            raise Rejected("the arguments are nested more than 20 deep")
         json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair parses, but cannot be stored
     except Rejected:
         raise
@@ -672,10 +687,13 @@ def tau2_score(episode: Episode, evaluation_type="all") -> RewardInfo:
     )
 
 
-def tool_accuracy(reward_info: RewardInfo) -> float | None:
-    """Share of the gold actions that the agent took; None where the task has none or was not evaluated."""
-    checks = reward_info.action_checks
-    return statistics.fmean(check.action_match for check in checks) if checks else None
+def tool_accuracy(episode: Episode) -> float | None:
+    """Share of the task's gold actions that the agent took, however the episode ended; None where there are none."""
+    criteria = episode.task.evaluation_criteria
+    if criteria is None or not criteria.actions:
+        return None
+    checks = ActionEvaluator.evaluate_actions(episode.messages, criteria.actions)
+    return statistics.fmean(check.action_match for check in checks)
 
 
 # -------------------------------------------------------------------------------------- demonstrations
@@ -799,9 +817,7 @@ def show(domain, split, name):
     reward_info = score(episode, verify=True)
     parts = {part.value: value for part, value in (reward_info.reward_breakdown or {}).items()}
     print(f"\nended by {episode.termination}; reward {reward_info.reward} = {parts or reward_info.info}")
-    print(
-        f"gold actions matched: {tool_accuracy(reward_info)}; doing nothing scores {do_nothing_reward(domain, [task])}"
-    )
+    print(f"gold actions matched: {tool_accuracy(episode)}; doing nothing scores {do_nothing_reward(domain, [task])}")
 
 
 def benchmark(count):

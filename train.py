@@ -39,6 +39,7 @@ import eval as evaluation
 import grpo
 import oracle
 import replay
+from eval import StopRun
 
 
 @dataclass
@@ -94,8 +95,8 @@ class Args:
     """group, batch or none: what advantages are divided by"""
     epsilon_low: float = 0.2
     """lower clip of the ratio"""
-    epsilon_high: float = 0.28
-    """upper clip of the ratio"""
+    epsilon_high: float | None = None
+    """upper clip of the ratio; default: 0.28, and 5 for cispo, where it is an absolute cap"""
     kl_coef: float = 0.1
     """weight of the KL penalty against the policy as it was at the start of the domain's GRPO"""
     kl_estimator: str = "k3"
@@ -186,10 +187,6 @@ TINY = {
 }
 
 
-class StopRun(RuntimeError):
-    """The run cannot go on; the message is for the user."""
-
-
 class Interrupted(Exception):
     """A signal asked to stop; the run is saved."""
 
@@ -227,6 +224,7 @@ class Trainer:
             "step": 0,  # within the stage
             "global_step": 0,  # GRPO steps so far
             "seconds": 0.0,
+            "ranks": grpo.world_size(),
             "baseline": {},
             "warm_start": {},
             "R": [],
@@ -285,32 +283,9 @@ def collect(trainer: Trainer, batch):
     rollout_seconds = time.perf_counter() - start
     records = []
     for i, (episode, trajectory) in enumerate(zip(episodes, trajectories, strict=True)):
-        parts = {}
-        if trajectory.valid:
-            reward_info = oracle.score(episode)
-            trajectory.reward = reward_info.reward
-            parts = {part.value: value for part, value in (reward_info.reward_breakdown or {}).items()}
-        messages = [m.model_dump(exclude_none=True, exclude={"timestamp", "requestor"}) for m in episode.messages]
-        records.append(
-            {
-                "kind": "trajectory",
-                "time": datetime.datetime.now().isoformat(timespec="seconds"),
-                "global_step": trainer.step,
-                "domain": trajectory.domain,
-                "task_id": trajectory.task_id,
-                "replayed": trajectory.domain != trainer.domain,
-                "sample": i % G,
-                "reward": trajectory.reward if trajectory.valid else None,
-                "reward_parts": parts,
-                "termination": trajectory.termination,
-                "error": trajectory.error,
-                "tokens": sum(trajectory.action_mask),
-                "turns": episode.turns,
-                "tool_errors": episode.errors,
-                "truncated": trajectory.truncated,
-                "messages": messages,
-            }
-        )
+        position = {"kind": "rollout", "global_step": trainer.step, "sample": i % G}
+        replayed = trajectory.domain != trainer.domain
+        records.append({**position, "replayed": replayed, **evaluation.score_and_record(episode, trajectory)})
     parts = grpo.all_gather_json(records)
     records = []
     for index in range(len(batch)):  # back into the order of the batch
@@ -319,13 +294,7 @@ def collect(trainer: Trainer, batch):
         Group(ref, ref.domain != trainer.domain, [r["reward"] for r in records[i * G : (i + 1) * G]])
         for i, ref in enumerate(batch)
     ]
-    invalid = [r for r in records if r["reward"] is None]
-    if len(invalid) > args.max_invalid_share * len(records):
-        first = invalid[0]
-        raise StopRun(
-            f"{len(invalid)} of {len(records)} conversations ended in an error of the environment; the first, in "
-            f"{first['domain']} task {first['task_id']}: {first['error']}"
-        )
+    evaluation.stop_if_invalid(records, args.max_invalid_share)
     rewards_P_G = torch.tensor([[math.nan if r is None else r for r in g.rewards] for g in groups])
     advantages_P_G = grpo.group_advantages(rewards_P_G, args.advantage_scale)
     advantages = advantages_P_G[grpo.rank() :: grpo.world_size()].flatten().tolist()
@@ -351,6 +320,8 @@ def optimizer_step(trainer: Trainer) -> float:
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad.copy_(grad.view_as(p))
     norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.args.max_grad_norm).item()
+    if not math.isfinite(norm):  # the same on every rank; a step would spoil every weight
+        raise StopRun(f"the gradient's norm is {norm}; the last checkpoint is from before this step")
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     return norm
@@ -387,7 +358,7 @@ def update(trainer: Trainer, trajectories, advantages) -> dict:
             batch["mask"],
             args.loss_type,
             args.epsilon_low,
-            args.epsilon_high,
+            args.epsilon_high or (5.0 if args.loss_type == "cispo" else 0.28),
             ref_logprobs,
             args.kl_coef,
             args.kl_estimator,
@@ -484,11 +455,20 @@ def demonstration(trainer: Trainer, ref) -> grpo.Trajectory:
 def evaluate(trainer: Trainer, stage, domains) -> dict[str, float]:
     """Mean reward of each domain; logged with the other metrics of eval.py."""
     args = trainer.args
+    look = stage == "check"  # only to end the warm start, so on training tasks
+    tasks = trainer.tasks if look else trainer.eval_tasks
+
+    def record(records):
+        position = {"kind": "evaluation", "stage": stage, "global_step": trainer.step}
+        append_jsonl(trainer.run / "trajectories.jsonl", [{**position, **r} for r in records])
+
     details = evaluation.evaluate_tasks(
         trainer.model,
         trainer.tokenizer,
-        {domain: trainer.eval_tasks[domain] for domain in domains},
-        num_trials=max(1, args.eval_trials // 2) if stage == "check" else args.eval_trials,
+        {domain: tasks[domain] for domain in domains},
+        num_trials=max(1, args.eval_trials // 2) if look else args.eval_trials,
+        max_invalid_share=args.max_invalid_share,
+        on_records=record,
         user=args.user,
         max_turns=args.max_turns,
         seed=trainer.generator(2 + ("check", "warmup", "baseline", "domain").index(stage)).initial_seed(),
@@ -552,41 +532,45 @@ def save_checkpoint(trainer: Trainer):
     state = trainer.state
     state["seconds"] += clock(trainer)
     trainer.started = time.perf_counter()
+    failure = None
     if grpo.rank() == 0:
-        folder = trainer.run / "checkpoints"
-        earlier = checkpoints(trainer.run)
-        number = int(earlier[-1].name.split("-")[0]) + 1 if earlier else 0
-        final = folder / f"{number:05d}-step{trainer.step}"
-        temporary = folder / "saving.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            temporary.mkdir(parents=True)
-            trainer.model.save_pretrained(temporary)
-            trainer.tokenizer.save_pretrained(temporary)
-            torch.save(trainer.optimizer.state_dict(), temporary / "optimizer.pt")
-            if trainer.reference is not None:
-                weights = {name: p.contiguous() for name, p in trainer.reference.named_parameters()}
-                save_file(weights, temporary / "reference.safetensors")
-            logs = {}
-            for log_name in ("metrics.jsonl", "trajectories.jsonl"):
-                path = trainer.run / log_name
-                logs[log_name] = path.stat().st_size if path.exists() else 0
-            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-            saved = {"state": state, "algorithm": trainer.algorithm.state_dict(), "logs": logs, "sizes": sizes}
-            (temporary / "state.json").write_text(json.dumps({**saved, "scores": trainer.scores}))
-            os.replace(temporary, final)
-            link = folder / "LAST.tmp"
-            link.unlink(missing_ok=True)
-            link.symlink_to(final.name)
-            os.replace(link, folder / "LAST")
-            for old in checkpoints(trainer.run)[: -trainer.args.keep_checkpoints]:
-                shutil.rmtree(old)
+            write_checkpoint(trainer)
         except Exception as error:  # a full disk reaches us as OSError, SafetensorError or RuntimeError
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(trainer.run / "checkpoints" / "saving.tmp", ignore_errors=True)
+            earlier = checkpoints(trainer.run)
             kept = f"; {earlier[-1].name} is intact" if earlier else ""
-            raise StopRun(f"cannot write a checkpoint in {folder}: {error}{kept}") from error
-    if grpo.world_size() > 1:
-        dist.barrier()
+            failure = f"cannot write a checkpoint in {trainer.run / 'checkpoints'}: {error}{kept}"
+    failure = grpo.all_gather_json(failure)[0]
+    if failure:
+        raise StopRun(failure)
+
+
+def write_checkpoint(trainer: Trainer):
+    folder = trainer.run / "checkpoints"
+    earlier = checkpoints(trainer.run)
+    number = int(earlier[-1].name.split("-")[0]) + 1 if earlier else 0
+    final = folder / f"{number:05d}-step{trainer.step}"
+    temporary = folder / "saving.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    trainer.model.save_pretrained(temporary)
+    trainer.tokenizer.save_pretrained(temporary)
+    torch.save(trainer.optimizer.state_dict(), temporary / "optimizer.pt")
+    if trainer.reference is not None:
+        weights = {name: p.contiguous() for name, p in trainer.reference.named_parameters()}
+        save_file(weights, temporary / "reference.safetensors")
+    logs = {path.name: path.stat().st_size for path in trainer.run.glob("*.jsonl")}
+    sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+    saved = {"state": trainer.state, "scores": trainer.scores, "algorithm": trainer.algorithm.state_dict()}
+    (temporary / "state.json").write_text(json.dumps({**saved, "logs": logs, "sizes": sizes}))
+    os.replace(temporary, final)
+    link = folder / "LAST.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    os.replace(link, folder / "LAST")
+    for old in checkpoints(trainer.run)[: -trainer.args.keep_checkpoints]:
+        shutil.rmtree(old)
 
 
 def read_checkpoint(folder: Path) -> dict:
@@ -598,10 +582,15 @@ def read_checkpoint(folder: Path) -> dict:
             if found != size:
                 raise ValueError(f"{name} has {found} bytes, expected {size}")
     except (ValueError, KeyError, OSError) as error:
-        raise ValueError(
-            f"checkpoint {folder} is damaged ({error}); remove that directory to continue from the one before"
-        ) from error
+        raise damaged(folder, error) from error
     return saved
+
+
+def damaged(folder, error) -> ValueError:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return ValueError(
+        f"checkpoint {folder} is damaged ({reason}); remove that directory to continue from the one before"
+    )
 
 
 def load_checkpoint(trainer: Trainer, folder: Path, saved: dict):
@@ -631,7 +620,7 @@ class Signals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        say("stopping: finishing this step, then saving (press Ctrl-C again to stop at once)")
+        say("stopping: finishing what is running, then saving (press Ctrl-C again to stop at once)")
 
     def check(self, trainer):
         number = self.received
@@ -663,8 +652,10 @@ def check(args: Args):
         bounds[name] = ("0 or more", lambda x: 0 <= x < math.inf)
     for name in ("gamma", "max_invalid_share"):
         bounds[name] = ("in [0, 1]", lambda x: 0 <= x <= 1)
-    optional = "max_tasks_per_domain eval_max_tasks max_context max_user_tokens max_tool_tokens warmup_target"
-    for name in optional.split():
+    for name in ("forgetting_threshold", "adaptation_rate", "epsilon_low"):
+        bounds[name] = ("in [0, 1]", lambda x: 0 <= x <= 1)
+    optional = "max_tasks_per_domain eval_max_tasks max_context max_user_tokens max_tool_tokens"
+    for name in f"{optional} warmup_target epsilon_high".split():
         bounds[name] = ("greater than 0", lambda x: x is None or 0 < x < math.inf)
     bounds["replay_ratio"] = ("in [0, 1)", lambda x: 0 <= x < 1)
     for name, (wanted, holds) in bounds.items():
@@ -693,8 +684,9 @@ def select_tasks(args: Args):
         if args.task_selection == "short":
             if args.max_tasks_per_domain is None:
                 raise ValueError('task_selection "short" needs max_tasks_per_domain')
-            oracle.load_tasks(domain, "train", args.max_tasks_per_domain, args.train_split, args.seed)
-            train_tasks[domain] = oracle.short_tasks(domain, "train", args.max_tasks_per_domain)
+            train_tasks[domain] = oracle.short_tasks(
+                domain, "train", args.max_tasks_per_domain, args.train_split, args.seed
+            )
         else:
             train_tasks[domain] = oracle.load_tasks(
                 domain, "train", args.max_tasks_per_domain, args.train_split, args.seed
@@ -715,7 +707,7 @@ def set_up(args: Args, device="cpu") -> Trainer:
         run = Path(args.resume)
         if not (run / "config.json").is_file():
             raise ValueError(f"cannot resume {run}: there is no {run / 'config.json'}")
-        if (run / "summary.json").exists():
+        if (run / "report.md").exists():
             raise ValueError(f"cannot resume {run}: it is finished; see {run / 'report.md'}")
         if not checkpoints(run):
             raise ValueError(f"cannot resume {run}: it has no checkpoint")
@@ -754,7 +746,13 @@ def set_up(args: Args, device="cpu") -> Trainer:
     trainer = Trainer(args, run, model, tokenizer, algorithm, train_tasks, eval_tasks)
     trainer.optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     if folder is not None:
-        load_checkpoint(trainer, folder, saved)
+        try:
+            load_checkpoint(trainer, folder, saved)
+        except Exception as error:  # right sizes, wrong content: whatever the reader of that format raises
+            raise damaged(folder, error) from error
+        if trainer.state["ranks"] != grpo.world_size():
+            say(f"resuming with {grpo.world_size()} ranks a run of {trainer.state['ranks']}: batches change their size")
+            trainer.state["ranks"] = grpo.world_size()
     return trainer
 
 
@@ -762,6 +760,7 @@ def run_stages(trainer: Trainer, signals: Signals):
     """The whole run, from wherever the trainer's state says it is."""
     args, state = trainer.args, trainer.state
     if state["stage"] == "baseline":
+        save_checkpoint(trainer)
         state["baseline"] = evaluate(trainer, "baseline", args.task_order)
         start_stage(trainer, "warmup", args.warmup_learning_rate)
         save_checkpoint(trainer)
@@ -784,7 +783,8 @@ def run_stages(trainer: Trainer, signals: Signals):
             bar.close()
             if state["step"]:
                 state["warm_start"].update(evaluate(trainer, "warmup", [domain]))
-            trainer.reference = copy.deepcopy(trainer.model).requires_grad_(False)
+            if args.kl_coef > 0:
+                trainer.reference = copy.deepcopy(trainer.model).requires_grad_(False)
             start_stage(trainer, "grpo", args.learning_rate)
             save_checkpoint(trainer)
 
@@ -903,8 +903,8 @@ def main():
         print("\nstopped at once; continue with --resume from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, StopRun) as error:
-        if grpo.rank() == 0:
-            print(f"train.py: {error}", file=sys.stderr)
+        where = f" (rank {grpo.rank()})" if grpo.rank() > 0 else ""
+        print(f"train.py{where}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         if dist.is_initialized():

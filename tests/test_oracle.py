@@ -345,6 +345,8 @@ BAD_TURNS = [
     call("get_order_details", {"self": 1, "tool_name": 2, "requestor": "user"}),
     call("get_order_details", "[" * 100000),
     call("get_order_details", {"order_id": 10**400}),
+    call("update_reservation_baggages", '{"reservation_id": "JMO1MG", "nonfree_baggages": ' + "9" * 4000 + "}"),
+    call("get_order_details", {"order_id": json.loads("[" * 500 + "]" * 500)}),
     call("no_such_tool", {}),
     call("\ud800", {}),
     call("x" * 1000, {}),

@@ -106,7 +106,9 @@ def test_a_run_prints_our_lines_only(finished):
 
 def test_every_trajectory_and_step_is_recorded(finished):
     run, _ = finished
-    trajectories = evaluation.read_jsonl(run / "trajectories.jsonl")
+    everything = evaluation.read_jsonl(run / "trajectories.jsonl")
+    trajectories = [t for t in everything if t["kind"] == "rollout"]
+    assert {t["stage"] for t in everything if t["kind"] == "evaluation"} == {"baseline", "warmup", "domain"}
     steps = [r for r in evaluation.read_jsonl(run / "metrics.jsonl") if r["kind"] == "step"]
     assert [r["global_step"] for r in steps] == [1, 2, 3, 4]
     groups = [(t["global_step"], t["domain"], t["task_id"]) for t in trajectories]
@@ -148,7 +150,7 @@ def test_two_ranks_run_the_same_code(tmp_path):
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["ranks"] == 2
     trajectories = evaluation.read_jsonl(tmp_path / "two" / "trajectories.jsonl")
-    first = [t for t in trajectories if t["global_step"] == 0]
+    first = [t for t in trajectories if t["global_step"] == 0 and t["kind"] == "rollout"]
     assert len(first) == 2 * 2 * 2  # ranks, gradient_accumulation_steps, samples
     resumed = run_script("train.py", "--resume", str(tmp_path / "two"))
     assert resumed.returncode == 2 and "finished" in resumed.stderr
@@ -299,6 +301,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, mo
     os.truncate(weights, weights.stat().st_size // 2)
     assert "damaged" in fail(monkeypatch, capsys, "--resume", str(tmp_path / "r"))
     weights.write_bytes(b"")
+    state = json.loads((folders[-1] / "state.json").read_text())
+    (folders[-1] / "optimizer.pt").write_bytes(bytes(state["sizes"]["optimizer.pt"]))  # right size, wrong content
+    assert "damaged" in fail(monkeypatch, capsys, "--resume", str(tmp_path / "r"))
     (folders[-1] / "state.json").write_text("{")
     assert folders[-1].name in fail(monkeypatch, capsys, "--resume", str(tmp_path / "r"))
     for path in folders[-1].iterdir():
@@ -346,6 +351,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
         ("--model_dtype float8", "float8"),
         ("--max_turns 0", "max_turns"),
         ("--gamma 1.5", "gamma"),
+        ("--epsilon_low nan", "epsilon_low"),
+        ("--adaptation_rate -1", "adaptation_rate"),
+        ("--task_order mock", "mock"),
         ("--resume nowhere", "nowhere"),
         ("--num_steps_per_task many", "many"),
         ("--no_such_flag 1", "no_such_flag"),
@@ -396,7 +404,8 @@ def test_some_environment_errors_are_counted_and_left_out(tmp_path, monkeypatch)
     monkeypatch.setattr(oracle.Episode, "act", act)
     train.train(args)
     steps = [r for r in evaluation.read_jsonl(tmp_path / "r" / "metrics.jsonl") if r["kind"] == "step"]
-    invalid = [t for t in evaluation.read_jsonl(tmp_path / "r" / "trajectories.jsonl") if t["reward"] is None]
+    trajectories = evaluation.read_jsonl(tmp_path / "r" / "trajectories.jsonl")
+    invalid = [t for t in trajectories if t["reward"] is None and t["kind"] == "rollout"]
     assert sum(step["invalid"] for step in steps) == len(invalid) > 0
     assert {t["error"] for t in invalid} == {"RuntimeError: hiccup"}
 
