@@ -255,7 +255,8 @@ def plot_transfer_matrix(summary, path):
 
 
 def plot_learning_curves(records, summary, path):
-    """Reward of the rollouts by step for every domain, replayed ones too, and the evaluations on top."""
+    """Reward of the rollouts by step (mean of three) for every domain, replayed ones too, with the evaluations on top:
+    hollow after the warm start, filled before training and at the domains' ends."""
     plt = _pyplot()
     order = summary["task_order"]
     figure, axes = plt.subplots(figsize=(6.4, 3.0), layout="constrained")
@@ -270,10 +271,16 @@ def plot_learning_curves(records, summary, path):
             breaks = np.flatnonzero(np.diff(x) > 1) + 1  # no line across a domain in which none was replayed
             for part in np.split(np.arange(len(x)), breaks):
                 axes.plot(x[part], np.array(smooth)[part], **style, linewidth=1.2, alpha=0.8)
-        marks = [(r["global_step"], r["scores"][domain]) for r in evaluations if domain in r["scores"]]
-        x, y = np.array(marks).T
-        label = f"{domain} (evaluated)"
-        axes.plot(x, y, MARKERS[k % 6], color=COLOURS[k % 6], markersize=6, markeredgecolor="black", label=label)
+        for stages, face in ((("baseline", "domain"), COLOURS[k % 6]), (("warmup",), "white")):
+            here = [r for r in evaluations if r["stage"] in stages and domain in r["scores"]]
+            axes.plot(
+                [r["global_step"] for r in here],
+                [r["scores"][domain] for r in here],
+                MARKERS[k % 6],
+                color=face,
+                markeredgecolor="black" if face != "white" else COLOURS[k % 6],
+                label=domain if face != "white" else None,
+            )
     previous = 0
     for r in evaluations[1:]:
         if r["stage"] == "domain":
@@ -281,7 +288,9 @@ def plot_learning_curves(records, summary, path):
             axes.text((previous + r["global_step"]) / 2, 1.06, f"training {r['domain']}", ha="center", fontsize=8)
             previous = r["global_step"]
     axes.set(xlabel="optimiser step", ylabel="mean reward", ylim=(-0.03, 1.03))
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    title = "lines: rollouts\nfilled: evaluation\nhollow: warm start"
+    legend = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False}
+    axes.legend(title=title, fontsize=7, title_fontsize=7, **legend)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=200)
     plt.close(figure)
