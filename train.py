@@ -805,11 +805,11 @@ def run_stages(trainer: Trainer, signals: Signals):
 
         trainer.scores = evaluate(trainer, "domain", args.task_order)
         state["R"].append([trainer.scores[d] for d in args.task_order])
-        trainer.algorithm.post_task_hook(trainer, domain)
         shown = "  ".join(f"{d} {score:.2f}" for d, score in trainer.scores.items())
         say(f"after {domain}: {shown}")
         for name, value in trainer.algorithm.get_statistics().items():
             say(f"  {name}: {value}")
+        trainer.algorithm.post_task_hook(trainer, domain)
         trainer.reference = None
         state["domain_index"] += 1
         start_stage(trainer, "warmup", args.warmup_learning_rate)
