@@ -762,14 +762,14 @@ def main():
     reference = copy.deepcopy(model)
     generator = torch.Generator(model.device).manual_seed(0)
     for group in optimizer.param_groups:
-        group["lr"] = 2e-3
+        group["lr"] = 1e-3
     for moments in optimizer.state.values():
         moments["exp_avg"].zero_()
-    for step in range(20):
+    for step in range(30):
         start = time.perf_counter()
-        episodes = [CodeEpisode(n) for n in range(4) for _ in range(16)]
+        episodes = [CodeEpisode(n) for n in range(4) for _ in range(48)]
         trajectories = rollout(model, tokenizer, episodes, 0.7, max_new_tokens=48, generator=generator)
-        rewards_P_G = torch.tensor([e.reward for e in episodes]).view(4, 16)
+        rewards_P_G = torch.tensor([e.reward for e in episodes]).view(4, 48)
         advantages = group_advantages(rewards_P_G, scale="none").flatten()
         batch = collate(trajectories, advantages, device=model.device, pad_id=pad)
         scored = (batch["ids"], batch["attention_mask"], 0.7, batch["mask"])
