@@ -1,6 +1,6 @@
 """The policy: loading, batched multi-turn rollouts, and the GRPO loss.
 
-    python grpo.py        trains the embedded tiny policy on a toy tool task: warm start, rollouts, GRPO, in a minute
+    python grpo.py        trains the embedded tiny policy on a toy tool task: warm start, rollouts, GRPO, in two minutes
 
 Data flow: Episode -> rollout -> Trajectory -> rewards -> group_advantages -> policy_loss.
 
