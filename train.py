@@ -604,9 +604,8 @@ def load_checkpoint(trainer: Trainer, folder: Path, saved: dict):
         for name, p in trainer.reference.named_parameters():
             p.data.copy_(weights[name])
     if grpo.rank() == 0:  # what was logged after the checkpoint will be logged again
-        for name, size in saved["logs"].items():
-            if (trainer.run / name).exists():
-                os.truncate(trainer.run / name, size)
+        for path in trainer.run.glob("*.jsonl"):
+            os.truncate(path, saved["logs"].get(path.name, 0))
 
 
 class Signals:
@@ -900,7 +899,7 @@ def main():
         print("\nsaved; continue with --resume", file=sys.stderr)
         raise SystemExit(128 + stop.args[0]) from None
     except KeyboardInterrupt:
-        print("\nstopped at once; continue with --resume from the last checkpoint", file=sys.stderr)
+        print("\nstopped at once; --resume continues a run from its last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, StopRun) as error:
         where = f" (rank {grpo.rank()})" if grpo.rank() > 0 else ""

@@ -289,6 +289,24 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(number, step, code, never
         assert a == b
 
 
+def test_a_kill_before_the_second_checkpoint_leaves_no_record_twice(tmp_path, monkeypatch):
+    """The first checkpoint is older than any log: what was logged since must go when the run is resumed."""
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "start_stage", killed)  # the baseline is evaluated and logged, not yet saved
+        with pytest.raises(KeyboardInterrupt):
+            train.train(small_args(tmp_path, "--run_name", "r"))
+    assert len(evaluation.read_jsonl(tmp_path / "r" / "metrics.jsonl")) == 1
+    train.train(Args(resume=str(tmp_path / "r")))
+    for name in ("metrics.jsonl", "trajectories.jsonl"):
+        records = evaluation.read_jsonl(tmp_path / "r" / name)
+        baseline = [r for r in records if r["kind"] == "evaluation" and r["stage"] == "baseline"]
+        assert len(baseline) == (1 if name == "metrics.jsonl" else 4)  # 2 domains of 2 tasks
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, monkeypatch, capsys):
     (tmp_path / "stopper.py").write_text(STOPPER)
     monkeypatch.setenv("STOP_AT", "2")
