@@ -117,6 +117,7 @@ def score_and_record(episode, trajectory) -> dict:
         "error": trajectory.error,
         "tokens": sum(trajectory.action_mask),
         "turns": episode.turns,
+        "tool_calls": episode.calls,
         "tool_errors": episode.errors,
         "truncated": trajectory.truncated,
         "messages": [m.model_dump(exclude_none=True, exclude={"timestamp", "requestor"}) for m in episode.messages],

@@ -1,6 +1,7 @@
 """The policy: loading, batched multi-turn rollouts, and the GRPO loss.
 
-    python grpo.py        trains the embedded tiny policy on a toy tool task: warm start, rollouts, GRPO, in two minutes
+    python grpo.py --shape tiny       times rollouts and updates against the plain ways, on random weights
+    python grpo.py --shape 7b         the same in the shape of a 7B model (0.5b, 1.5b; --layers for a slice of one)
 
 Data flow: Episode -> rollout -> Trajectory -> rewards -> group_advantages -> policy_loss.
 
@@ -10,6 +11,7 @@ What differs from GRPO as published (Shao et al. 2024, arXiv:2402.03300), and wh
 - the default loss is DAPO's (Yu et al. 2025, arXiv:2503.14476): one mean over all action tokens of the step, on all
   ranks, and an upper clip of 1.28.
 - weights are float32 masters; `dtype` is what they are computed in, by autocast.
+- the vocabulary is projected on at sampled tokens only, in chunks that the backward pass computes again.
 """
 
 import copy
@@ -18,9 +20,9 @@ import json
 import logging
 import os
 import re
-import time
-from collections import deque
-from contextlib import nullcontext
+import types
+from collections import Counter, deque
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -28,15 +30,27 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen2Config, Qwen2Tokenizer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2Tokenizer,
+)
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import ContinuousBatchingConfig
 
 transformers.utils.logging.disable_progress_bar()
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -109,7 +123,7 @@ TINY_CORPUS = [
 ]
 
 
-def _tiny(corpus, seed):
+def _tiny(corpus, seed, attn_implementation):
     """A Qwen2 of about a million parameters with a byte-level BPE tokenizer trained on `corpus`, in seconds."""
     tokenizer = Qwen2Tokenizer(eos_token="<|im_end|>").train_new_from_iterator(
         corpus or TINY_CORPUS,
@@ -135,45 +149,94 @@ def _tiny(corpus, seed):
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
     return model, tokenizer
 
 
-def load_policy(name_or_path, dtype="bfloat16", device=None, lora_rank=0, seed=0, weights_dtype="float32", corpus=None):
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_policy(
+    name_or_path,
+    dtype="bfloat16",
+    device=None,
+    lora_rank=0,
+    seed=0,
+    weights_dtype="float32",
+    corpus=None,
+    attn_implementation=None,
+    gradient_checkpointing=False,
+):
     """(model, tokenizer) of a Hugging Face causal LM, or of the embedded "tiny" policy.
 
     `dtype`: what is computed in, under autocast; `weights_dtype`: what the weights are kept in (float32 masters for
     training: Adam at 1e-6 hardly moves bfloat16 weights). `corpus`: the texts that tiny's tokenizer is trained on.
-    `device` defaults to the GPU where there is one. Raises ValueError for an unknown dtype, a missing directory, a
-    tokenizer without a chat template, or one whose tool-call format is not supported. Every weight is trained: a
-    `lora_rank` other than 0 is refused.
+    `device` defaults to the GPU where there is one. `lora_rank` > 0: float32 LoRA adapters (Hu et al. 2021,
+    arXiv:2106.09685) on every linear layer but the head are all that is trained; frozen weights are kept in `dtype`.
+    A directory with an adapter is loaded with it. `attn_implementation`: as in transformers (eager, sdpa, ...).
+    `gradient_checkpointing`: layers are computed again in the backward pass.
+    Raises ValueError for an unknown dtype, a missing directory, a tokenizer without a chat template, or one whose
+    turns or tool calls cannot be handled.
     """
-    if lora_rank != 0:
-        raise ValueError(f"lora_rank must be 0, got {lora_rank}: only full fine-tuning is supported")
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     for value in (dtype, weights_dtype):
-        if value not in known:
-            raise ValueError(f"unknown dtype {value!r}; choose one of {', '.join(known)}")
+        if value not in DTYPES:
+            raise ValueError(f"unknown dtype {value!r}; choose one of {', '.join(DTYPES)}")
+    if lora_rank < 0:
+        raise ValueError(f"lora_rank must be 0 (train every weight) or more, got {lora_rank}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if name_or_path == "tiny":
-        model, tokenizer = _tiny(corpus, seed)
-    else:
-        try:
+    kept = DTYPES[dtype if lora_rank else weights_dtype]
+    try:
+        if name_or_path == "tiny":
+            model, tokenizer = _tiny(corpus, seed, attn_implementation)
+        else:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
-                name_or_path, dtype=known[weights_dtype], trust_remote_code=False, use_safetensors=True
+                name_or_path,
+                dtype=kept,
+                trust_remote_code=False,
+                use_safetensors=True,
+                attn_implementation=attn_implementation,
             )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"cannot load a model from {name_or_path!r}: {reason}") from error
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot load a model from {name_or_path!r}: {reason}") from error
     for scaling in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(model.config, scaling, None) not in (None, 1.0):
             raise ValueError(f"{name_or_path}: models with {scaling} are not supported by token_logprobs")
-    model.to(device=device, dtype=known[weights_dtype]).eval()  # eval: dropout would break the ratio of 1
-    model.compute_dtype = known[dtype]
+    model.to(device=device, dtype=kept)
+    if lora_rank:
+        _add_lora(model, lora_rank, seed)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():  # dropout would break the ratio of 1, in training mode too
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    model.eval()
+    model.compute_dtype = DTYPES[dtype]
+    model.recompute_layers = gradient_checkpointing
     _new_cache(model)  # refuses what rollouts cannot play, before anything is written
     ChatFormat.of(tokenizer)
     return model, tokenizer
+
+
+def _add_lora(model, rank, seed):
+    """Adapters on the linear layers, in place (a loaded one is trained on): the model keeps its class and names."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("lora_rank needs the package peft; pip install peft") from error
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    elif next(iter(model.peft_config.values())).r != rank:
+        raise ValueError(f"the saved adapter has rank {next(iter(model.peft_config.values())).r}, not {rank}")
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+        if p.requires_grad:
+            p.data = p.data.float()
 
 
 def autocast(model):
@@ -182,11 +245,141 @@ def autocast(model):
     return torch.autocast(model.device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
+# --------------------------------------------------------------------- the weights: shards, snapshots, copies
+
+
+def shard(model):
+    """Splits weights, gradients and optimiser states over all ranks (FSDP2, Rajbhandari et al. 2020,
+    arXiv:1910.02054), in place. Gradients of a backward pass are then summed over the ranks by themselves, and every
+    rank must make the same number of forward and backward passes."""
+    if not dist.is_initialized():
+        raise ValueError("sharding needs several ranks: start with torchrun --nproc_per_node=N")
+    if len({p.dtype for p in model.parameters()}) > 1:  # LoRA: FSDP gathers weights of one type only
+        model.float()
+    # What a plain copy is made from later (`plain_copy`): the modules as they are, their weights left out.
+    hollow = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    model.__dict__["skeleton"] = copy.deepcopy(model, hollow)
+    low = model.compute_dtype if model.compute_dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # the loss is normalised by global counts: sum, not mean
+            module.set_gradient_divide_factor(1.0)
+    model.score_tokens = types.MethodType(_score_tokens, model)
+    register_fsdp_forward_method(model, "score_tokens")
+
+
+def is_sharded(model) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def trained_parameters(model) -> dict[str, nn.Parameter]:
+    """By name, as they are kept between steps: under FSDP this rank's shards (DTensor)."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def whole(tensor) -> Tensor:
+    """A DTensor gathered from all ranks (all must call), any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(tensor, like) -> Tensor:
+    """The inverse of `whole`: what this rank keeps of a tensor, if `like` is kept in parts."""
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+
+
+def snapshot(model) -> list[Tensor]:
+    """A copy of the trained parameters in the CPU's memory (under FSDP, of this rank's shards)."""
+    parameters = trained_parameters(model).values()
+    return [_local(p).detach().to("cpu", copy=True) for p in parameters]
+
+
+def _local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+@torch.no_grad()
+def weights_of(model, saved):
+    """Inside, the model is the policy of `snapshot(model)` then; None: the model without its LoRA adapters.
+
+    Contents are exchanged in place, so that it needs no second model, and exchanged back at the end.
+    """
+    if saved is None:
+        model.disable_adapters()
+    else:
+        _exchange(model, saved)
+    try:
+        yield
+    finally:
+        if saved is None:
+            model.enable_adapters()
+        else:
+            _exchange(model, saved)
+
+
+def _exchange(model, saved):
+    for p, other in zip(trained_parameters(model).values(), saved, strict=True):
+        mine = _local(p).detach()
+        kept = mine.to("cpu", copy=True)
+        mine.copy_(other)
+        other.copy_(kept)
+
+
+@torch.no_grad()
+def snapshot_tensors(model, saved) -> dict[str, Tensor]:
+    """A snapshot by the parameters' names and whole, for a file. Under FSDP every rank must call."""
+    with weights_of(model, saved):
+        return {name: whole(p.detach()).to("cpu", copy=True) for name, p in trained_parameters(model).items()}
+
+
+def snapshot_from(model, tensors) -> list[Tensor]:
+    """The inverse of `snapshot_tensors`, on any number of ranks. KeyError where a parameter is missing."""
+    parameters = trained_parameters(model).items()
+    return [_local(part_like(tensors[name].to(p.device), p)).to("cpu", copy=True) for name, p in parameters]
+
+
+def gathered_weights(model) -> dict | None:
+    """All weights whole in the CPU's memory, by name; None where they are not sharded. Every rank must call."""
+    if not is_sharded(model):
+        return None
+    trained_parameters(model)  # reshards
+    return {name: whole(p.detach()).to("cpu") for name, p in model.named_parameters()}
+
+
+def save_policy(model, tokenizer, folder, weights=None):
+    """Writes a directory that transformers loads (with LoRA, the adapter only); weights: `gathered_weights(model)`."""
+    model.__dict__.get("skeleton", model).save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def plain_copy(model, dtype):
+    """An ordinary model with these weights in `dtype`, gathered from all ranks if they are sharded: to sample from."""
+    trained_parameters(model)  # reshards
+    skeleton = model.__dict__.get("skeleton", model)
+    copies = {}
+    for bone, p in zip(skeleton.parameters(), model.parameters(), strict=True):
+        copies[id(bone)] = nn.Parameter(whole(p.detach()).to(dtype), requires_grad=False)
+    return copy.deepcopy(skeleton, copies)
+
+
+# ------------------------------------------------------------------------------------------ the chat template
+
+
 class ChatFormat:
     """How a tokenizer's chat template turns messages into ids: opening, the answers to a turn, and a turn itself.
 
     The answer to a sampled turn is what the template puts behind an assistant turn's end token when these messages
-    follow; it is tokenized alone and appended, so the sampled ids stay as they are.
+    follow; it is tokenized alone and appended, so the sampled ids stay as they are, also where the template would
+    rewrite them later (Qwen3 drops earlier thoughts). A template that puts something else between two turns depending
+    on what came before cannot be followed in this way and raises ValueError.
     """
 
     PROBE = "REHEARSE-PROBE"
@@ -199,40 +392,75 @@ class ChatFormat:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        name = tokenizer.name_or_path or "the tokenizer"
+        self.name = tokenizer.name_or_path or "the tokenizer"
         if not tokenizer.chat_template:
-            raise ValueError(f"{name} has no chat template; an agent needs one (an Instruct model has it)")
+            raise ValueError(f"{self.name} has no chat template; an agent needs one (an Instruct model has it)")
         self.template = tokenizer.get_chat_template(tools=[{}])  # some have one for tools beside the default
         user = {"role": "user", "content": "x"}
-        probe = {"role": "assistant", "content": self.PROBE}
-        rendered = self._render([user, probe])
-        tail = rendered.rpartition(self.PROBE)[2]
-        ids = tokenizer(tail, add_special_tokens=False).input_ids
+        self.base = [user, {"role": "assistant", "content": self.PROBE}]
+        tail = self._render(self.base).rpartition(self.PROBE)[2]
+        ids = self._ids(tail)
         # Not all_special_ids: they are only those with a role, such as eos and pad.
         special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special = list(special.values())
         if not ids or ids[0] not in special:
-            raise ValueError(f"{name}: the chat template does not end an assistant turn with a special token")
+            raise ValueError(f"{self.name}: the chat template does not end an assistant turn with a special token")
         self.end_id = ids[0]
-        self.end = tokenizer.convert_ids_to_tokens(self.end_id)
+        self.end = special[self.end_id]
         self.stop_ids = {self.end_id, tokenizer.eos_token_id} - {None}
+        self._check_calls()
+        self._check_answers()
+
+    def _check_calls(self):
+        """What the template writes for a tool call must be read as that call."""
         call = {"type": "function", "function": {"name": "probe_tool", "arguments": {"key": 'va"lue', "n": [1, 2.5]}}}
-        text = tokenizer.decode(self.turn({"role": "assistant", "content": "", "tool_calls": [call]})[:-1])
-        parsed = parse_message(text)["tool_calls"]
-        if [c["function"] for c in parsed] != [call["function"]]:
-            raise ValueError(
-                f"{name}: tool calls are written as {text[:80]!r}, which is not supported; "
-                'the <tool_call>{"name": ..., "arguments": ...}</tool_call> format of Qwen and Hermes is'
-            )
+        text = self.tokenizer.decode(self.turn({"role": "assistant", "content": "", "tool_calls": [call]})[:-1])
+        for self.bare_calls in (False, True):
+            if [c["function"] for c in self.parse(text)["tool_calls"]] == [call["function"]]:
+                return
+        raise ValueError(
+            f"{self.name}: tool calls are written as {text[:80]!r}, which is not supported; "
+            'the <tool_call>{"name": ..., "arguments": ...}</tool_call> of Qwen and Hermes and the '
+            '{"name": ..., "parameters": ...} of Llama 3 are'
+        )
+
+    def _check_answers(self):
+        """What follows a turn must not depend on what came before it, nor on how it is cut into texts."""
+        before = [*self.base, {"role": "user", "content": "y"}, {"role": "assistant", "content": "z"}]
+        schema = {"name": "probe_tool", "description": "", "parameters": {"type": "object", "properties": {}}}
+        tools = [{"type": "function", "function": schema}]
+        for role in ("tool", "user"):
+            answer = [{"role": role, "content": "answer"}]
+            expected = self._behind(self.base + answer)
+            last = [{"role": "user", "content": "w"}, self.base[1]]
+            longer = [{**m, "content": m["content"].replace(self.PROBE, "v")} for m in before] + last + answer
+            if self._behind(longer) != expected or self._behind(self.base + answer, tools) != expected:
+                raise ValueError(
+                    f"{self.name}: what the chat template puts before a {role} message depends on the turns before it "
+                    "or on the tools, so that turns cannot be appended to a conversation as they come"
+                )
+            rendered = self._render(self.base + answer, add_generation_prompt=True)
+            head = rendered.partition(self.PROBE)[0] + self.PROBE + self.end
+            if self._ids(rendered) != self._ids(head) + self._ids(expected):
+                raise ValueError(f"{self.name}: text behind an end of turn is tokenized differently alone")
 
     def _render(self, messages, tools=None, add_generation_prompt=False):
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(m["role"] for m in messages)
+            raise ValueError(f"{self.name}: the chat template cannot render the roles {roles}: {error}") from error
+
+    def _behind(self, messages, tools=None):
+        """The rendered text behind the end token of the last turn that says PROBE."""
+        rendered = self._render(messages, tools, add_generation_prompt=True)
+        return rendered.rpartition(self.PROBE)[2].removeprefix(self.end)
 
     def _clean(self, messages):
         """A tool's or user's text must not contain the template's own control tokens."""
@@ -255,8 +483,7 @@ class ChatFormat:
 
     def answer(self, messages) -> list[int]:
         """What follows the end token of the agent's turn, up to where its next turn begins."""
-        base = [{"role": "user", "content": "x"}, {"role": "assistant", "content": self.PROBE}]
-        rendered = self._render(base + self._clean(messages), add_generation_prompt=True)
+        rendered = self._render(self.base + self._clean(messages), add_generation_prompt=True)
         return self._ids(rendered.partition(self.PROBE)[2].removeprefix(self.end))
 
     def turn(self, message) -> list[int]:
@@ -269,8 +496,12 @@ class ChatFormat:
         prompt = self._render(user, add_generation_prompt=True)
         rendered = self._render([*user, message])
         if not rendered.startswith(prompt):
-            raise ValueError("the chat template does not begin an assistant turn with its generation prompt")
+            raise ValueError(f"{self.name}: the chat template does not begin a turn with its generation prompt")
         return self._ids(rendered[len(prompt) :].partition(self.end)[0] + self.end)
+
+    def parse(self, text) -> dict:
+        """The policy's text as a chat message, by the tool-call format of this template."""
+        return parse_message(text, self.bare_calls)
 
     def cut(self, message, limit):
         """The message with at most `limit` tokens of content; cut between tokens, and marked."""
@@ -282,8 +513,9 @@ class ChatFormat:
         return {**message, "content": self.tokenizer.decode(ids[:limit]).rstrip("\ufffd") + " ..."}
 
 
-def parse_message(text: str) -> dict:
-    """The policy's text as a chat message: content, and tool calls in the <tool_call> JSON format.
+def parse_message(text: str, bare_calls=False) -> dict:
+    """The policy's text as a chat message: content, and tool calls in the <tool_call> JSON format; with `bare_calls`
+    a text that is one JSON object with a name is a call (Llama 3, which says "parameters" for the arguments).
 
     A call that is not JSON keeps its place with name None and an "error", for the environment to answer.
 
@@ -292,17 +524,24 @@ def parse_message(text: str) -> dict:
     """
     text = re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
     text = text.rsplit("</think>", 1)[-1]  # some templates open <think> themselves
+    if bare_calls:
+        bare = text.strip().removeprefix("<|python_tag|>").lstrip()
+        blocks = [bare] if re.match(r'\{\s*"(name|type)"', bare) else []
+        content = "" if blocks else text.strip()
+    else:
+        blocks = re.findall(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|$)", text, flags=re.DOTALL)
+        content = re.sub(r"<tool_call>.*?(</tool_call>|(?=<tool_call>)|$)", "", text, flags=re.DOTALL).strip()
     calls = []
-    for block in re.findall(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|$)", text, flags=re.DOTALL):
+    for block in blocks:
         try:
             call = json.loads(block)
             if not isinstance(call, dict):
                 raise ValueError("a tool call must be a JSON object")
-            function = {"name": call.get("name"), "arguments": call.get("arguments", {})}
+            arguments = call.get("arguments", call.get("parameters", {}) if bare_calls else {})
+            function = {"name": call.get("name"), "arguments": arguments}
         except (ValueError, RecursionError) as error:
             function = {"name": None, "arguments": block, "error": f"malformed tool call: {error}"}
         calls.append({"type": "function", "function": function})
-    content = re.sub(r"<tool_call>.*?(</tool_call>|(?=<tool_call>)|$)", "", text, flags=re.DOTALL).strip()
     return {"role": "assistant", "content": content, "tool_calls": calls}
 
 
@@ -389,17 +628,67 @@ def _new_cache(model):
     return cache
 
 
-class _Row:
-    """One conversation in the batch: its trajectory, and the ids still to be fed before it is its turn again."""
+@dataclass
+class _Conversation:
+    """A conversation in progress, whichever way its turns are sampled."""
 
-    def __init__(self, episode, prompt):
-        self.episode = episode
-        self.trajectory = Trajectory(episode.domain, str(episode.task.id))
-        self.trajectory.append(prompt)
-        self.queue = deque()
-        self.turn = 0
-        self.sampled = []
-        self.finished = False
+    episode: object
+    chat: ChatFormat
+    max_new_tokens: int
+    max_context: int
+    cut: dict  # tokens that a message of a role is cut to
+    on_finish: object
+    finished: bool = False
+    turn: int = 0
+
+    def __post_init__(self):
+        self.trajectory = Trajectory(self.episode.domain, str(self.episode.task.id))
+        opening = self._cut(self.episode.opening())
+        self.trajectory.append(self.chat.opening(self.episode.system, opening, self.episode.tools))
+        if self.room < 1:
+            raise ValueError(
+                f"the opening of task {self.episode.task.id} has {len(self.trajectory.token_ids)} tokens, "
+                f"more than the context of {self.max_context}"
+            )
+        self.finished = self.episode.done
+
+    @property
+    def room(self):
+        """Tokens that the next turn may have."""
+        return min(self.max_new_tokens, self.max_context - len(self.trajectory.token_ids))
+
+    def say(self, ids, logprobs) -> list[int]:
+        """A sampled turn, to its end or to where it was cut. Returns what is to be read before the next one."""
+        stopped = ids[-1] in self.chat.stop_ids
+        self.trajectory.append(ids, self.turn, logprobs)
+        self.trajectory.truncated_turns += not stopped
+        self.turn += 1
+        text = self.chat.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
+        try:
+            answers = self.episode.act(self.chat.parse(text))
+        except Exception as error:  # named in the trajectory, which its group leaves out
+            self.trajectory.valid = False
+            self.trajectory.error = f"{type(error).__name__}: {error}"
+            return self._finish("environment_error")
+        if self.episode.done:
+            return self._finish(self.episode.termination)
+        suffix = ([] if ids[-1] == self.chat.end_id else [self.chat.end_id]) + self.chat.answer(self._cut(answers))
+        if len(self.trajectory.token_ids) + len(suffix) >= self.max_context:
+            self.episode.stop("max_steps")
+            return self._finish("max_steps")
+        self.trajectory.append(suffix)
+        return suffix
+
+    def _cut(self, messages):
+        return [self.chat.cut(message, self.cut.get(message["role"])) for message in messages]
+
+    def _finish(self, termination):
+        self.finished = True
+        self.trajectory.termination = termination
+        self.trajectory.messages = self.episode.messages
+        if self.on_finish is not None:
+            self.on_finish(1)
+        return []
 
 
 @torch.no_grad()
@@ -414,121 +703,173 @@ def rollout(
     max_tool_tokens=None,
     generator=None,
     on_finish=None,
+    engine="auto",
 ) -> list[Trajectory]:
     """Plays all episodes at once and returns their trajectories in the episodes' order.
 
-    Every conversation advances by one token per forward pass, be it sampled or part of an answer that it reads, so
-    each token is computed once and none waits for the others' turns. Sampling is from the whole distribution at
-    `temperature` (0: the most likely token), so the log-probabilities are those of the loss.
+    Sampling is from the whole distribution at `temperature` (0: the most likely token), so the log-probabilities are
+    those of the loss. Each token is computed once, and none waits for the others' turns.
 
     max_new_tokens: sampled tokens a turn; max_context: tokens a conversation (None: the model's limit), at which it
     ends as "max_steps"; max_user_tokens, max_tool_tokens: tokens of one message to the policy, cut beyond.
     generator: a torch.Generator on the model's device. on_finish(n): called when a conversation ends.
+    engine: "padded" decodes all conversations in one batch, token by token; "paged" is transformers' continuous
+    batching, where answers are read in one piece and common prefixes once; "auto": paged on a GPU, padded elsewhere
+    (`python grpo.py` measures both). With a sharded model every rank must call, with episodes or without.
     An exception of `episode.act` makes the trajectory invalid, with the error's text.
     """
     if temperature < 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    chat = ChatFormat.of(tokenizer)
-    limits = {"tool": max_tool_tokens, "user": max_user_tokens}
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
+    if engine == "auto":
+        engine = "paged" if model.device.type == "cuda" else "padded"
+    # Sharded weights are gathered, and continuous batching runs in a thread of its own, outside autocast.
+    uniform = {p.dtype for p in model.parameters()} == {getattr(model, "compute_dtype", model.dtype)}
+    if is_sharded(model) or (engine == "paged" and not uniform):
+        model = plain_copy(model, model.compute_dtype)
     max_context = max_context or model.config.max_position_embeddings
+    cut = {"tool": max_tool_tokens, "user": max_user_tokens}
+    chat = ChatFormat.of(tokenizer)
+    conversations = [_Conversation(e, chat, max_new_tokens, max_context, cut, on_finish) for e in episodes]
+    active = [c for c in conversations if not c.finished]
+    if active:
+        play = _play_paged if engine == "paged" else _play_padded
+        with autocast(model):
+            play(model, tokenizer, active, temperature, generator)
+    return [c.trajectory for c in conversations]
 
-    def cut(messages):
-        return [chat.cut(message, limits.get(message["role"])) for message in messages]
 
-    rows = [_Row(e, chat.opening(e.system, cut(e.opening()), e.tools)) for e in episodes]
-    for row in rows:
-        if len(row.trajectory.token_ids) + 1 > max_context:
-            raise ValueError(
-                f"the opening of task {row.episode.task.id} has {len(row.trajectory.token_ids)} tokens, "
-                f"more than the context of {max_context}"
-            )
+ENGINES = ("auto", "padded", "paged")
 
-    def finish(row, termination):
-        row.finished = True
-        row.trajectory.termination = termination
-        row.trajectory.messages = row.episode.messages
-        if on_finish is not None:
-            on_finish(1)
 
-    def end_turn(row):
-        """The sampled turn goes to the episode; its answer is queued to be read."""
-        ids = row.sampled
-        stopped = ids[-1] in chat.stop_ids
-        row.trajectory.truncated_turns += not stopped
-        row.turn += 1
-        row.sampled = []
-        message = parse_message(tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True))
-        try:
-            answers = row.episode.act(message)
-        except Exception as error:
-            row.trajectory.valid = False
-            row.trajectory.error = f"{type(error).__name__}: {error}"
-            return finish(row, "environment_error")
-        if row.episode.done:
-            return finish(row, row.episode.termination)
-        suffix = ([] if ids[-1] == chat.end_id else [chat.end_id]) + chat.answer(cut(answers))
-        if len(row.trajectory.token_ids) + len(suffix) >= max_context:
-            row.episode.stop("max_steps")
-            return finish(row, "max_steps")
-        row.trajectory.append(suffix)
-        row.queue.extend(suffix)
-
-    def sample(row, token, logprob):
-        row.sampled.append(token)
-        row.trajectory.append([token], row.turn, [logprob])
-        row.queue.append(token)
-        full = len(row.trajectory.token_ids) >= max_context
-        if token in chat.stop_ids or len(row.sampled) >= max_new_tokens or full:
-            end_turn(row)
-
+def _play_padded(model, tokenizer, active, temperature, generator):
+    """Every conversation advances by one token per forward pass, be it sampled or part of an answer that it reads."""
     device = model.device
-    active = [row for row in rows if not row.episode.done]
-    if not active:
-        return [row.trajectory for row in rows]
-    width = max(len(row.trajectory.token_ids) for row in active)
+    prompts = [c.trajectory.token_ids for c in active]
+    queues = [deque() for _ in active]  # still to be fed before it is the conversation's turn again
+    sampled = [[] for _ in active]  # of the turn in progress: (token, log-probability)
+    width = max(map(len, prompts))
     ids = torch.full((len(active), width), tokenizer.pad_token_id or 0)
     mask = torch.zeros((len(active), width), dtype=torch.long)
-    for i, row in enumerate(active):  # padded on the left: every conversation's next token is in the same column
-        prompt = row.trajectory.token_ids
+    for i, prompt in enumerate(prompts):  # padded on the left: every conversation's next token is in the same column
         ids[i, width - len(prompt) :] = torch.tensor(prompt)
         mask[i, width - len(prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
     cache = _new_cache(model)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    while True:
+        logits_BV = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        logprobs_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(-1)
+        if temperature > 0:
+            tokens_B = torch.multinomial(logprobs_BV.exp(), 1, generator=generator)
+        else:
+            tokens_B = logprobs_BV.argmax(-1, keepdim=True)
+        chosen_B = logprobs_BV.gather(1, tokens_B)[:, 0].tolist()
+        for i, (token, logprob) in enumerate(zip(tokens_B[:, 0].tolist(), chosen_B, strict=True)):
+            if queues[i] or active[i].finished:
+                continue
+            sampled[i].append((token, logprob))
+            queues[i].append(token)
+            if token in active[i].chat.stop_ids or len(sampled[i]) == active[i].room:
+                queues[i].extend(active[i].say(*map(list, zip(*sampled[i], strict=True))))
+                sampled[i] = []
+        kept = [i for i, c in enumerate(active) if not c.finished]
+        if not kept:
+            return
+        if len(kept) <= 0.8 * len(active):  # finished conversations leave the batch a fifth at a time
+            index = torch.tensor(kept, device=device)
+            active, queues, sampled = ([column[i] for i in kept] for column in (active, queues, sampled))
+            mask, positions = mask[index], positions[index]
+            for layer in cache.layers:
+                layer.select(index)
+        ids = torch.tensor([[queue.popleft() if queue else 0] for queue in queues], device=device)
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)
+        positions = positions[:, -1:] + 1
 
-    with autocast(model):
-        while True:
-            logits_BV = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            logprobs_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(-1)
-            if temperature > 0:
-                tokens_B = torch.multinomial(logprobs_BV.exp(), 1, generator=generator)
-            else:
-                tokens_B = logprobs_BV.argmax(-1, keepdim=True)
-            chosen_B = logprobs_BV.gather(1, tokens_B)[:, 0].tolist()
-            for row, token, logprob in zip(active, tokens_B[:, 0].tolist(), chosen_B, strict=True):
-                if not row.queue and not row.finished:
-                    sample(row, token, logprob)
-            kept = [i for i, row in enumerate(active) if not row.finished]
-            if not kept:
-                return [row.trajectory for row in rows]
-            if len(kept) <= 0.8 * len(active):  # finished conversations leave the batch a fifth at a time
-                index = torch.tensor(kept, device=device)
-                active = [active[i] for i in kept]
-                mask, positions = mask[index], positions[index]
-                for layer in cache.layers:
-                    layer.select(index)
-            ids = torch.tensor([[row.queue.popleft() if row.queue else 0] for row in active], device=device)
-            mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)
-            positions = positions[:, -1:] + 1
+
+PAGE = 16  # tokens; what is not a whole page is read again when its conversation goes on
+
+
+def _play_paged(model, tokenizer, active, temperature, generator):
+    """transformers' continuous batching: one manager, and so one cache, for this rollout and no longer. A conversation
+    goes on as soon as it is answered; what it shares with any other one so far, or with itself, is not read again."""
+    settings = GenerationConfig(
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=active[0].max_new_tokens,
+        eos_token_id=sorted(active[0].chat.stop_ids),
+        pad_token_id=tokenizer.pad_token_id or 0,
+    )
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device)) if generator else None
+    sizes = {}
+    if model.device.type == "cpu":  # elsewhere they follow from the free memory
+        length = max(c.max_context for c in active)
+        limit = max(len(c.trajectory.token_ids) for c in active) + 4096
+        sizes = {"num_blocks": len(active) * -(-min(length, limit) // PAGE), "max_batch_tokens": 2048}
+    paging = ContinuousBatchingConfig(page_size=PAGE, return_logprobs=True, seed=seed, **sizes)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # the library seeds the global generator
+        manager = model.init_continuous_batching(settings, paging)
+        manager.start()
+        try:
+            _read_shared_prefixes(manager, active)
+            for i, c in enumerate(active):
+                manager.add_request(c.trajectory.token_ids, str(i), max_new_tokens=c.room)
+            waiting = len(active)
+            while waiting:
+                result = _next_result(manager)
+                c = active[int(result.request_id)]
+                c.say(result.generated_tokens, result.logprobs)
+                if c.finished:
+                    waiting -= 1
+                else:
+                    manager.add_request(c.trajectory.token_ids, result.request_id, max_new_tokens=c.room)
+        finally:
+            manager.stop(block=True, hard_stop=True)
+
+
+def _read_shared_prefixes(manager, active):
+    """Conversations that start together would each read the prompt that they share: it is read once before, first what
+    all of one domain share (its policy and tools), then what the samples of one task do."""
+    by_domain, by_prompt = {}, Counter(tuple(c.trajectory.token_ids) for c in active)
+    for c in active:
+        by_domain.setdefault(c.episode.domain, []).append(c.trajectory.token_ids)
+    policies = [_common_prefix(min(p), max(p)) for p in by_domain.values() if min(p) != max(p)]
+    samples = [list(prompt) for prompt, count in by_prompt.items() if count > 1]
+    for prefixes in (policies, samples):
+        prefixes = [prefix for prefix in prefixes if len(prefix) >= PAGE]
+        for i, prefix in enumerate(prefixes):  # two tokens: the cache forgets what a request's last step completed
+            manager.add_request(prefix, f"prefix {i}", max_new_tokens=2, eos_token_id=-1)
+        for _ in prefixes:
+            _next_result(manager)
+
+
+def _common_prefix(a, b):
+    """Of the least and the greatest of some lists, it is the common prefix of all."""
+    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))]
+
+
+def _next_result(manager):
+    result = None
+    while result is None:
+        result = manager.get_result(timeout=1.0)
+        if result is None and not manager.is_running():
+            raise RuntimeError(f"continuous batching stopped: {manager.background_thread_status.fatal_error}")
+    if result.error is not None:
+        raise RuntimeError(f"continuous batching failed: {result.error}")
+    return result
 
 
 def demonstration(tokenizer, episode, turns, max_user_tokens=None, max_tool_tokens=None) -> Trajectory:
@@ -589,20 +930,63 @@ def group_advantages(rewards_P_G, scale="group") -> Tensor:
     return centred / (variance.sqrt() + 1e-4)
 
 
-def token_logprobs(model, ids_B_T, attention_mask_B_T, temperature=1.0, mask_B_T=None) -> Tensor:
+CHUNK = 2**26  # logits at once: 0.25 GB in float32, 441 tokens of a vocabulary of 152k
+
+
+def token_logprobs(model, ids_B_T, attention_mask_B_T, temperature=1.0, mask_B_T=None, return_entropy=False):
     """Log-probabilities (B, T) of the given tokens; entry t scores token t given those before it, entry 0 is 0.0.
 
     They are of the distribution scaled by `temperature`, as in the rollout. With `mask_B_T` only the tokens where it
-    is True are projected to the vocabulary (the peak of memory); the others are 0.0. Sequences are padded on the right.
+    is True are scored; the others are 0.0. Sequences are padded on the right. `return_entropy`: also the entropy (B, T)
+    in nats of each of these distributions, without gradient. The vocabulary is projected on in chunks that the backward
+    pass computes again, so that no more than a few times CHUNK logits are in memory.
     """
+    score = getattr(model, "score_tokens", None) or types.MethodType(_score_tokens, model)  # FSDP wraps the first
+    model.train(
+        torch.is_grad_enabled() and getattr(model, "recompute_layers", False)
+    )  # transformers does it in this mode
     with autocast(model):
-        hidden = model.get_decoder()(input_ids=ids_B_T, attention_mask=attention_mask_B_T).last_hidden_state[:, :-1]
-        wanted = attention_mask_B_T[:, 1:].bool() if mask_B_T is None else mask_B_T[:, 1:].bool()
-        logits_NV = model.get_output_embeddings()(hidden[wanted]).float() / temperature
-    chosen_N = logits_NV.log_softmax(-1).gather(-1, ids_B_T[:, 1:][wanted][:, None])[:, 0]
-    logprobs = torch.zeros(ids_B_T.shape, dtype=chosen_N.dtype, device=ids_B_T.device)
-    logprobs[:, 1:] = logprobs[:, 1:].masked_scatter(wanted, chosen_N)
-    return logprobs
+        logprobs, entropy = score(ids_B_T, attention_mask_B_T, temperature, mask_B_T, return_entropy)
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+def _score_tokens(model, ids_B_T, attention_mask_B_T, temperature, mask_B_T, return_entropy):
+    hidden = model.get_decoder()(input_ids=ids_B_T, attention_mask=attention_mask_B_T, use_cache=False)
+    hidden = hidden.last_hidden_state[:, :-1]
+    wanted = attention_mask_B_T[:, 1:].bool() if mask_B_T is None else mask_B_T[:, 1:].bool()
+    head = model.get_output_embeddings()
+
+    def project(hidden_N, targets_N):
+        logprobs_NV = (head(hidden_N).float() / temperature).log_softmax(-1)
+        chosen = logprobs_NV.gather(-1, targets_N[:, None])[:, 0]
+        if not return_entropy:
+            return chosen, None
+        with torch.no_grad():
+            return chosen, -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+
+    hidden_N, targets_N = hidden[wanted], ids_B_T[:, 1:][wanted]
+    size = max(1, CHUNK // model.config.vocab_size)
+    if len(hidden_N) <= size or not torch.is_grad_enabled():
+        parts = [project(h, t) for h, t in zip(hidden_N.split(size), targets_N.split(size), strict=True)]
+    else:
+        parts = [
+            checkpoint(project, h, t, use_reentrant=False, preserve_rng_state=False)
+            for h, t in zip(hidden_N.split(size), targets_N.split(size), strict=True)
+        ]
+    results = []
+    for column in zip(*parts, strict=True):
+        full = torch.zeros(ids_B_T.shape, device=ids_B_T.device)
+        if column[0] is not None:
+            full[:, 1:] = full[:, 1:].masked_scatter(wanted, torch.cat(column))
+        results.append(full)
+    return results
+
+
+def kl_estimate(d, estimator="k3") -> Tensor:
+    """KL of the policy from the reference at sampled tokens, d = ref_logprobs - logprobs (Schulman 2020, "Approximating
+    KL divergence"): k1 = -d, k2 = d^2/2, k3 = exp(d) - d - 1. d is kept within 20, where exp still is a number."""
+    d = d.clamp(-20, 20)
+    return {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - d - 1}[estimator]
 
 
 def policy_loss(
@@ -629,7 +1013,7 @@ def policy_loss(
       gspo     r is the exponential of the sequence's mean log-ratio, then as grpo (Zheng et al. 2025, arXiv:2507.18071)
       cispo    -stop_grad(min(r, epsilon_high)) A logprobs / normalizer (MiniMax-M1, arXiv:2506.13585); epsilon_high ~ 5
     `normalizer`: action tokens over all ranks and micro-batches of the step (dapo, cispo; default: of this batch).
-    The KL penalty to `ref_logprobs`, d = ref - logprobs, is added per token: k1 = -d, k2 = d^2/2, k3 = exp(d) - d - 1.
+    The KL penalty to `ref_logprobs` is added per token, times `kl_coef` (see `kl_estimate`).
     Masked tokens never enter, NaN or not. stats: token means over this batch (floats).
     """
     if loss_type not in LOSS_TYPES:
@@ -657,8 +1041,7 @@ def policy_loss(
         clipped = (ratio * advantages) > (bounded * advantages)
     stats = {}
     if ref_logprobs is not None:
-        d = (ref_logprobs.where(mask, zero) - logprobs).clamp(-20, 20)
-        kl = {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - d - 1}[kl_estimator]
+        kl = kl_estimate(ref_logprobs.where(mask, zero) - logprobs, kl_estimator)
         loss = loss + kl_coef * kl
         stats["kl"] = (kl.detach().where(mask, zero).sum() / mask.sum().clamp(min=1)).item()
     loss = loss.where(mask, zero)
@@ -702,97 +1085,16 @@ def collate(trajectories, advantages, gamma=1.0, device="cpu", pad_id=0) -> dict
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-# --------------------------------------------------------------------------- the demonstration (no tau2 needed)
+def micro_batches(lengths, max_tokens) -> list[list[int]]:
+    """Indices of the sequences of each micro-batch, the shortest first: as many as make `max_tokens` with their
+    padding; a sequence that is longer than that has a micro-batch of its own.
 
-
-class CodeEpisode:
-    """A toy task in the shape of an Episode: read a code with one tool, repeat it to another."""
-
-    domain, system, tools = "toy", "", []
-
-    def __init__(self, number):
-        from types import SimpleNamespace
-
-        self.task = SimpleNamespace(id=number)
-        self.messages, self.done, self.termination, self.reward = [], False, "", 0.0
-
-    def opening(self):
-        return [{"role": "user", "content": f"Open door {self.task.id}."}]
-
-    def code(self):
-        return (7 * self.task.id + 3) % 10
-
-    def act(self, message):
-        calls = [call["function"] for call in message.get("tool_calls") or []]
-        if len(self.messages) == 0 and calls and calls[0]["name"] == "look":
-            self.messages.append(message)
-            return [{"role": "tool", "content": f"code {self.code()}"}]
-        right = {"name": "open", "arguments": {"code": self.code()}}
-        self.reward = float(bool(self.messages) and right in [dict(c) for c in calls])
-        self.messages.append(message)
-        self.stop("agent_stop")
-        return []
-
-    def stop(self, reason):
-        self.done, self.termination = True, reason
-
-    def gold(self):
-        look = {"name": "look", "arguments": {}}
-        return [{"tool_calls": [{"function": f}]} for f in (look, {"name": "open", "arguments": {"code": self.code()}})]
-
-
-def main():
-    torch.manual_seed(0)
-    model, tokenizer = load_policy("tiny", dtype="float32")
-    size = sum(p.numel() for p in model.parameters())
-    print(f"tiny policy: {size / 1e6:.2f}M parameters, vocabulary {len(tokenizer)}, on {model.device}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    pad = tokenizer.pad_token_id
-    loss = torch.tensor(torch.inf)
-    while loss > 0.03:  # warm start: imitate the gold turns, and stop before there is nothing left to learn
-        shown = [demonstration(tokenizer, CodeEpisode(n), CodeEpisode(n).gold()) for n in range(4)]
-        batch = collate(shown, [1.0] * len(shown), device=model.device, pad_id=pad)
-        logprobs = token_logprobs(model, batch["ids"], batch["attention_mask"], mask_B_T=batch["mask"])
-        loss = -logprobs.sum() / batch["mask"].sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    print(f"warm start on 4 demonstrations: loss {loss.item():.3f}")
-    reference = copy.deepcopy(model)
-    generator = torch.Generator(model.device).manual_seed(0)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-3
-    for moments in optimizer.state.values():
-        moments["exp_avg"].zero_()
-    for step in range(30):
-        start = time.perf_counter()
-        episodes = [CodeEpisode(n) for n in range(4) for _ in range(48)]
-        trajectories = rollout(model, tokenizer, episodes, 0.7, max_new_tokens=48, generator=generator)
-        rewards_P_G = torch.tensor([e.reward for e in episodes]).view(4, 48)
-        advantages = group_advantages(rewards_P_G, scale="none").flatten()
-        batch = collate(trajectories, advantages, device=model.device, pad_id=pad)
-        scored = (batch["ids"], batch["attention_mask"], 0.7, batch["mask"])
-        with torch.no_grad():
-            ref_logprobs = token_logprobs(reference, *scored)
-        loss, stats = policy_loss(
-            token_logprobs(model, *scored),
-            batch["old_logprobs"],
-            batch["advantages"],
-            batch["mask"],
-            ref_logprobs=ref_logprobs,
-            kl_coef=0.02,
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        tokens = int(batch["mask"].sum())
-        print(
-            f"step {step:2d}  reward {rewards_P_G.mean():.2f}  kl {stats['kl']:.3f}  ratio {stats['ratio_min']:.5f} to "
-            f"{stats['ratio_max']:.5f}  {tokens / (time.perf_counter() - start):.0f} action tokens/s"
-        )
-
-
-if __name__ == "__main__":
-    main()
+    >>> micro_batches([3, 9, 4, 2], max_tokens=9)
+    [[3, 0], [2], [1]]
+    """
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches

@@ -433,7 +433,7 @@ class Episode:
         history = task.initial_state.message_history if task.initial_state is not None else None
         self.messages = copy.deepcopy(history or [])
         self.done, self.termination = False, ""
-        self.turns = self.errors = 0
+        self.turns = self.calls = self.errors = 0
         self._calls = 0
         self._opened = False
 
@@ -468,6 +468,7 @@ class Episode:
             message = {"content": message.content, "tool_calls": message.tool_calls}
         content = strip_thinking(message.get("content"))
         calls = message.get("tool_calls") or []
+        self.calls += len(calls)
         self.turns += 1
         if len(content) > MAX_TEXT:
             answers = self._error("user", f"the message is longer than {MAX_TEXT} characters")

@@ -6,13 +6,12 @@
 
 For each domain: a warm start on gold demonstrations, GRPO steps, an evaluation on all domains, a checkpoint. One
 step: sample tasks -> the algorithm adds replayed ones -> rollouts -> tau2's rewards -> advantages -> loss -> one
-all-reduce of the raw gradients -> clip -> AdamW -> hooks -> log.
+all-reduce of the raw gradients -> clip -> AdamW -> hooks -> log. With --shard, FSDP2 takes the all-reduce's place.
 
 Every random draw is a function of the seed and the position in the run, so that a resumed run repeats none and skips
 none. A step's loss is normalised by counts over all ranks: how trajectories are split does not change the gradient.
 """
 
-import copy
 import dataclasses
 import datetime
 import json
@@ -51,6 +50,14 @@ class Args:
     """directory or hub name of a causal LM with a chat template that takes tools, or the embedded "tiny" """
     model_dtype: str = "bfloat16"
     """what is computed in (autocast); the weights themselves are float32 masters"""
+    lora_rank: int = 0
+    """train LoRA adapters of this rank (package peft) instead of every weight"""
+    attn_implementation: str | None = None
+    """eager, sdpa, flash_attention_2, ...; default: what transformers chooses"""
+    gradient_checkpointing: bool = False
+    """compute layers again in the backward pass: less memory, a third more time"""
+    shard: bool = False
+    """split weights, gradients and optimiser over the ranks (FSDP2), for models that one GPU cannot hold"""
     task_order: list[str] = field(default_factory=lambda: list(oracle.DOMAINS))
     """the domains, in the order of training"""
     max_tasks_per_domain: int | None = None
@@ -76,17 +83,27 @@ class Args:
     """longer user messages are cut"""
     max_tool_tokens: int | None = None
     """longer tool results are cut"""
+    rollout_engine: str = "auto"
+    """paged (continuous batching), padded, or auto: paged on a GPU, padded elsewhere"""
 
     batch_size_per_gpu: int = 4
-    """tasks per micro-batch"""
+    """tasks per rank and accumulation step: a step has this x gradient_accumulation_steps x ranks tasks"""
     gradient_accumulation_steps: int = 2
-    """micro-batches per optimiser step"""
+    """see batch_size_per_gpu"""
+    micro_batch_tokens: int = 16384
+    """tokens, padding included, of one forward and backward pass; what sets the memory, and nothing else"""
+    num_iterations: int = 1
+    """optimiser steps on the same rollouts"""
     num_samples_per_prompt: int = 4
     """conversations per task: the group of GRPO"""
     num_steps_per_task: int = 100
     """optimiser steps per domain"""
     learning_rate: float = 1e-6
     """of GRPO (AdamW, no weight decay)"""
+    lr_schedule: str = "constant"
+    """constant, linear or cosine (both to 0), over each domain's GRPO steps"""
+    lr_warmup_steps: int = 0
+    """GRPO steps of each domain over which the rate rises to learning_rate"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     loss_type: str = "dapo"
@@ -98,7 +115,12 @@ class Args:
     epsilon_high: float | None = None
     """upper clip of the ratio; default: 0.28, and 5 for cispo, where it is an absolute cap"""
     kl_coef: float = 0.1
-    """weight of the KL penalty against the policy as it was at the start of the domain's GRPO"""
+    """weight of the KL penalty against the reference policy"""
+    kl_reference: str | None = None
+    """domain: the policy at the start of the domain's GRPO; initial: the very first one, which with LoRA is the model
+    without its adapters. Default: domain, and initial with LoRA"""
+    log_initial_kl: bool = True
+    """log the KL to the very first policy, too: a copy of the weights in the CPU's memory and a forward pass"""
     kl_estimator: str = "k3"
     """k1, k2 or k3"""
     mask_truncated: bool = False
@@ -199,6 +221,11 @@ class Group:
     replayed: bool
     rewards: list
 
+    @property
+    def varied(self):
+        """False: no advantage, no gradient; the group is left out before the forward pass."""
+        return len({r for r in self.rewards if r is not None}) > 1
+
 
 @dataclass
 class Trainer:
@@ -211,7 +238,8 @@ class Trainer:
     algorithm: replay.CLAlgorithm
     tasks: dict[str, list]  # domain -> training tasks
     eval_tasks: dict[str, list]
-    reference: torch.nn.Module | None = None  # the policy at the start of the domain's GRPO
+    reference: list | None = None  # the policy at the start of the domain's GRPO (grpo.snapshot)
+    initial: list | None = None  # the very first policy (grpo.snapshot); with LoRA it needs none
     optimizer: torch.optim.Optimizer | None = None
     groups: list[Group] = field(default_factory=list)  # of this step, all ranks
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
@@ -223,6 +251,7 @@ class Trainer:
             "stage": "baseline",  # baseline, then for each domain warmup, grpo, evaluate
             "step": 0,  # within the stage
             "global_step": 0,  # GRPO steps so far
+            "skipped_in_a_row": 0,  # updates without a finite gradient
             "seconds": 0.0,
             "ranks": grpo.world_size(),
             "baseline": {},
@@ -263,11 +292,11 @@ def sample_batch(trainer: Trainer, count_per_rank) -> list[replay.TaskRef]:
 def sampling(args: Args) -> dict:
     """The flags that grpo.rollout takes."""
     names = ("temperature", "max_new_tokens", "max_context", "max_user_tokens", "max_tool_tokens")
-    return {name: getattr(args, name) for name in names}
+    return {**{name: getattr(args, name) for name in names}, "engine": args.rollout_engine}
 
 
 def collect(trainer: Trainer, batch):
-    """This rank's trajectories with their advantages, and the groups and statistics of all ranks."""
+    """What this rank trains on (pairs of trajectory and advantage), and groups, records and seconds of all ranks."""
     args, G = trainer.args, trainer.args.num_samples_per_prompt
     start = time.perf_counter()
     mine = batch[grpo.rank() :: grpo.world_size()]
@@ -295,11 +324,25 @@ def collect(trainer: Trainer, batch):
         for i, ref in enumerate(batch)
     ]
     evaluation.stop_if_invalid(records, args.max_invalid_share)
+    kept = with_advantages(trainer, trajectories, groups)
+    stats = {"rollout_seconds": rollout_seconds, "score_seconds": time.perf_counter() - start - rollout_seconds}
+    return kept, groups, records, stats
+
+
+def with_advantages(trainer: Trainer, trajectories, groups) -> list[tuple]:
+    """This rank's trajectories, each with its advantage, without those that must give no gradient: of groups whose
+    rewards do not vary, invalid ones, and truncated ones with mask_truncated. `groups` are those of all ranks."""
+    args = trainer.args
     rewards_P_G = torch.tensor([[math.nan if r is None else r for r in g.rewards] for g in groups])
     advantages_P_G = grpo.group_advantages(rewards_P_G, args.advantage_scale)
-    advantages = advantages_P_G[grpo.rank() :: grpo.world_size()].flatten().tolist()
-    stats = {"rollout_seconds": rollout_seconds, "score_seconds": time.perf_counter() - start - rollout_seconds}
-    return trajectories, advantages, groups, records, stats
+    mine = slice(grpo.rank(), None, grpo.world_size())
+    advantages = advantages_P_G[mine].flatten().tolist()
+    varied = [g.varied for g in groups[mine] for _ in g.rewards]
+    return [
+        (t, advantage)
+        for t, advantage, varies in zip(trajectories, advantages, varied, strict=True)
+        if varies and t.valid and any(t.action_mask) and not (args.mask_truncated and t.truncated)
+    ]
 
 
 def sum_over_ranks(trainer, *values) -> list[float]:
@@ -309,113 +352,194 @@ def sum_over_ranks(trainer, *values) -> list[float]:
     return tensor.tolist()
 
 
-def optimizer_step(trainer: Trainer) -> float:
-    """One all-reduce of the raw gradients (missing ones as zeros), clip, step. Returns the norm before clipping."""
-    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+def optimizer_step(trainer: Trainer, loss: float) -> float:
+    """One all-reduce of the raw gradients (missing ones as zeros), clip, step. Returns the norm before clipping.
+
+    `loss` is the sum over all ranks. Where it or the norm is not finite, on all ranks alike, the step is left out.
+    """
+    parameters = list(grpo.trained_parameters(trainer.model).values())
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if grpo.world_size() > 1:
+    if grpo.world_size() > 1 and not trainer.args.shard:  # FSDP has summed its gradients already
         flat = torch.cat([p.grad.flatten() for p in parameters])
         dist.all_reduce(flat)
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad.copy_(grad.view_as(p))
-    norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.args.max_grad_norm).item()
-    if not math.isfinite(norm):  # the same on every rank; a step would spoil every weight
-        raise StopRun(f"the gradient's norm is {norm}; the last checkpoint is from before this step")
-    trainer.optimizer.step()
+    norm = grpo.whole(torch.nn.utils.clip_grad_norm_(parameters, trainer.args.max_grad_norm)).item()
+    if math.isfinite(norm) and math.isfinite(loss):
+        trainer.optimizer.step()
+        trainer.state["skipped_in_a_row"] = 0
+    else:
+        trainer.state["skipped_in_a_row"] += 1
     trainer.optimizer.zero_grad()
     return norm
 
 
-def update(trainer: Trainer, trajectories, advantages) -> dict:
-    """The GRPO update on this step's trajectories. What has no advantage gives no gradient and is left out."""
+def make_batches(trainer: Trainer, pairs, gamma=1.0) -> list[dict]:
+    """Pairs of trajectory and advantage as micro-batches of tensors; "scored" is what grpo.token_logprobs takes."""
+    args = trainer.args
+    lengths = [len(t.token_ids) for t, _ in pairs]
+    parts = [[pairs[i] for i in part] for part in grpo.micro_batches(lengths, args.micro_batch_tokens)]
+    if args.shard:  # every pass is one of all ranks: those with fewer add passes over two tokens that do not count
+        nothing = grpo.Trajectory(token_ids=[0, 0], action_mask=[False] * 2, logprobs=[0.0] * 2, turns=[-1] * 2)
+        parts += [[(nothing, 0.0)]] * (max(grpo.all_gather_json(len(parts))) - len(parts))
+    batches = []
+    for part in parts:
+        trajectories, advantages = zip(*part, strict=True)
+        pad = trainer.tokenizer.pad_token_id or 0
+        batch = grpo.collate(trajectories, advantages, gamma, trainer.model.device, pad)
+        batch["scored"] = {
+            "ids_B_T": batch["ids"],
+            "attention_mask_B_T": batch["attention_mask"],
+            "temperature": args.temperature or 1.0,
+            "mask_B_T": batch["mask"],
+        }
+        batches.append(batch)
+    return batches
+
+
+def reference_logprobs(trainer: Trainer, batches):
+    """Puts into each batch the log-probabilities of the policy of the KL penalty, and of the very first policy."""
+    args, model = trainer.args, trainer.model
+    initial = args.kl_reference == "initial"
+    with torch.no_grad():
+        if args.log_initial_kl or (initial and args.kl_coef > 0):
+            with grpo.weights_of(model, trainer.initial):
+                for batch in batches:
+                    batch["initial_logprobs"] = grpo.token_logprobs(model, **batch["scored"])
+        if args.kl_coef > 0 and not initial:
+            with grpo.weights_of(model, trainer.reference):
+                for batch in batches:
+                    batch["ref_logprobs"] = grpo.token_logprobs(model, **batch["scored"])
+    for batch in batches:
+        if args.kl_coef > 0 and initial:
+            batch["ref_logprobs"] = batch["initial_logprobs"]
+
+
+def update(trainer: Trainer, kept) -> dict:
+    """The GRPO updates on this step's trajectories: `kept` are this rank's pairs of trajectory and advantage."""
     args, model = trainer.args, trainer.model
     start = time.perf_counter()
-    kept = [
-        (t, a)
-        for t, a in zip(trajectories, advantages, strict=True)
-        if a != 0.0 and any(t.action_mask) and not (args.mask_truncated and t.truncated)
-    ]
-    kept.sort(key=lambda pair: len(pair[0].token_ids))  # conversations of like length share a micro-batch
     num_tokens, num_sequences = sum_over_ranks(trainer, sum(sum(t.action_mask) for t, _ in kept), len(kept))
-    size = args.batch_size_per_gpu * args.num_samples_per_prompt
-    totals = {"loss": 0.0, "kl": 0.0, "clip_share": 0.0}
-    extremes = [1.0, 1.0]
-    for begin in range(0, len(kept), size):
-        micro = kept[begin : begin + size]
-        batch = grpo.collate(
-            [t for t, _ in micro], [a for _, a in micro], args.gamma, model.device, trainer.tokenizer.pad_token_id or 0
-        )
-        scored = (batch["ids"], batch["attention_mask"], args.temperature or 1.0, batch["mask"])
-        ref_logprobs = None
-        if args.kl_coef > 0:
-            with torch.no_grad():
-                ref_logprobs = grpo.token_logprobs(trainer.reference, *scored)
-        loss, stats = grpo.policy_loss(
-            grpo.token_logprobs(model, *scored),
-            batch["old_logprobs"],
-            batch["advantages"],
-            batch["mask"],
-            args.loss_type,
-            args.epsilon_low,
-            args.epsilon_high or (5.0 if args.loss_type == "cispo" else 0.28),
-            ref_logprobs,
-            args.kl_coef,
-            args.kl_estimator,
-            normalizer=num_tokens,
-            max_tokens=args.max_context or args.max_turns * args.max_new_tokens,
-        )
-        tokens = int(batch["mask"].sum())
-        if args.loss_type in grpo.PER_SEQUENCE:  # a mean over sequences: this micro-batch's share of it
-            loss = loss * len(micro) / num_sequences
-        elif args.loss_type == "bnpo":
-            loss = loss * tokens / num_tokens
-        loss.backward()
-        totals["loss"] += loss.item()
-        totals["kl"] += stats.get("kl", 0.0) * tokens
-        totals["clip_share"] += stats["clip_share"] * tokens
-        extremes = [min(extremes[0], stats["ratio_min"]), max(extremes[1], stats["ratio_max"])]
-    extra = trainer.algorithm.extra_loss(trainer)
-    if extra is not None:
-        (extra / grpo.world_size()).backward()
-    norm = optimizer_step(trainer) if num_tokens > 0 or extra is not None else 0.0
-    loss, kl, clip = sum_over_ranks(trainer, *totals.values())
+    batches = make_batches(trainer, kept, args.gamma)
+    reference_logprobs(trainer, batches)
+    totals, norm = [], 0.0
+    for _ in range(args.num_iterations):
+        sums = {"loss": 0.0, "kl": 0.0, "kl_initial": 0.0, "entropy": 0.0, "clip_share": 0.0}
+        extremes = {"ratio_min": 1.0, "ratio_max": 1.0, "deviation": 0.0}
+        for batch in batches:
+            logprobs, entropy = grpo.token_logprobs(model, **batch["scored"], return_entropy=True)
+            loss, stats = grpo.policy_loss(
+                logprobs,
+                batch["old_logprobs"],
+                batch["advantages"],
+                batch["mask"],
+                args.loss_type,
+                args.epsilon_low,
+                args.epsilon_high or (5.0 if args.loss_type == "cispo" else 0.28),
+                batch.get("ref_logprobs"),
+                args.kl_coef,
+                args.kl_estimator,
+                normalizer=num_tokens,
+                max_tokens=args.max_context or args.max_turns * args.max_new_tokens,
+            )
+            tokens = int(batch["mask"].sum())
+            if args.loss_type in grpo.PER_SEQUENCE:  # a mean over sequences: this micro-batch's share of it
+                loss = loss * len(batch["ids"]) / max(num_sequences, 1.0)
+            elif args.loss_type == "bnpo":
+                loss = loss * tokens / max(num_tokens, 1.0)
+            loss.backward()
+            sums["loss"] += loss.item()
+            sums["kl"] += stats.get("kl", 0.0) * tokens
+            sums["clip_share"] += stats["clip_share"] * tokens
+            sums["entropy"] += entropy.sum().item()
+            if "initial_logprobs" in batch:
+                sums["kl_initial"] += grpo.kl_estimate(batch["initial_logprobs"] - logprobs.detach(), "k3").sum().item()
+            deviation = (logprobs.detach() - batch["old_logprobs"])[batch["mask"]].exp().sub(1).abs()
+            extremes["deviation"] = max(extremes["deviation"], deviation.max().item() if tokens else 0.0)
+            extremes["ratio_min"] = min(extremes["ratio_min"], stats["ratio_min"])
+            extremes["ratio_max"] = max(extremes["ratio_max"], stats["ratio_max"])
+        extra = trainer.algorithm.extra_loss(trainer)
+        if extra is not None:
+            (extra / grpo.world_size()).backward()
+        ranks = grpo.all_gather_json({**sums, **extremes})
+        total = {name: sum(r[name] for r in ranks) for name in sums}
+        total["ratio_min"] = min(r["ratio_min"] for r in ranks)
+        total["ratio_max"] = max(r["ratio_max"] for r in ranks)
+        total["deviation"] = max(r["deviation"] for r in ranks)
+        totals.append(total)
+        if num_tokens > 0 or extra is not None:
+            norm = optimizer_step(trainer, total["loss"])
+        if trainer.state["skipped_in_a_row"] >= MAX_SKIPPED:
+            stop_with_batch(trainer, kept, norm)
+    per_token = {n: sum(t[n] for t in totals) / len(totals) / max(num_tokens, 1.0) for n in sums if n != "loss"}
     return {
-        "loss": loss,
-        "kl": kl / max(num_tokens, 1.0),
-        "clip_share": clip / max(num_tokens, 1.0),
-        "ratio_min": extremes[0],
-        "ratio_max": extremes[1],
+        "loss": totals[0]["loss"],
+        **per_token,
+        "ratio_first_step": 1.0 + totals[0]["deviation"],
+        "ratio_min": min(t["ratio_min"] for t in totals),
+        "ratio_max": max(t["ratio_max"] for t in totals),
         "grad_norm": norm,
+        "skipped_in_a_row": trainer.state["skipped_in_a_row"],
         "action_tokens": int(num_tokens),
         "update_seconds": time.perf_counter() - start,
     }
 
 
+MAX_SKIPPED = 5  # updates without a finite gradient, one after the other, that end a run
+
+
+def stop_with_batch(trainer, kept, norm):
+    """Leaves this rank's batch for inspection and raises StopRun on all ranks."""
+    path = trainer.run / f"not_finite_rank{grpo.rank()}.json"
+    batch = [{**dataclasses.asdict(dataclasses.replace(t, messages=[])), "advantage": a} for t, a in kept]
+    write_json(path, {"global_step": trainer.step, "grad_norm": norm, "trajectories": batch})
+    raise StopRun(
+        f"{MAX_SKIPPED} updates in a row had no finite loss or gradient (norm {norm}); the weights are from before "
+        f"them, the last batch is in {path}"
+    )
+
+
+def scheduled_rate(args: Args, step) -> float:
+    """The learning rate of a domain's GRPO step, from 0."""
+    progress = step / max(1, args.num_steps_per_task)
+    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return args.learning_rate * decay[args.lr_schedule] * min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
+
+
+def set_rate(trainer: Trainer, rate):
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = rate
+
+
 def grpo_step(trainer: Trainer) -> dict:
     args = trainer.args
     batch = sample_batch(trainer, args.batch_size_per_gpu * args.gradient_accumulation_steps)
-    trajectories, advantages, trainer.groups, records, stats = collect(trainer, batch)
-    stats.update(update(trainer, trajectories, advantages))
+    kept, trainer.groups, records, stats = collect(trainer, batch)
+    set_rate(trainer, scheduled_rate(args, trainer.state["step"]))
+    stats.update(update(trainer, kept))
     valid = [r for r in records if r["reward"] is not None]
     by_domain = {}
     for r in valid:
         by_domain.setdefault(r["domain"], []).append(r["reward"])
-    by_domain = {domain: sum(values) / len(values) for domain, values in by_domain.items()}
-    flat = [len({r for r in g.rewards if r is not None}) <= 1 for g in trainer.groups]
+    new = torch.tensor(by_domain.get(trainer.domain, [0.0]))
     append_jsonl(trainer.run / "trajectories.jsonl", records)
     trainer.algorithm.post_step_hook(trainer, trainer.domain)
     return {
         "kind": "step",
         "domain": trainer.domain,
-        "reward": by_domain.get(trainer.domain, 0.0),
-        "reward_by_domain": by_domain,
-        "flat_groups": sum(flat) / len(flat),
+        "reward": new.mean().item(),
+        "reward_std": new.std(correction=0).item(),
+        "reward_max": new.max().item(),
+        "reward_by_domain": {domain: sum(values) / len(values) for domain, values in by_domain.items()},
+        "zero_variance_groups": sum(not g.varied for g in trainer.groups) / len(trainer.groups),
         "replayed_groups": sum(g.replayed for g in trainer.groups) / len(trainer.groups),
         "turns": sum(r["turns"] for r in records) / len(records),
-        "tool_errors": sum(r["tool_errors"] for r in records) / len(records),
+        "tool_error_share": sum(r["tool_errors"] for r in records) / max(1, sum(r["tool_calls"] for r in records)),
         "truncated": sum(r["truncated"] for r in records) / len(records),
         "invalid": len(records) - len(valid),
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+        "tokens_per_second": sum(r["tokens"] for r in records) / stats["rollout_seconds"],
         **stats,
     }
 
@@ -427,19 +551,16 @@ def warmup_step(trainer: Trainer) -> float:
     mine = [demonstration(trainer, ref) for ref in batch[grpo.rank() :: grpo.world_size()]]
     num_tokens, _ = sum_over_ranks(trainer, sum(sum(t.action_mask) for t in mine), 0)
     total = 0.0
-    for begin in range(0, len(mine), args.batch_size_per_gpu):
-        micro = mine[begin : begin + args.batch_size_per_gpu]
-        tensors = grpo.collate(
-            micro, [1.0] * len(micro), device=trainer.model.device, pad_id=trainer.tokenizer.pad_token_id or 0
-        )
-        logprobs = grpo.token_logprobs(
-            trainer.model, tensors["ids"], tensors["attention_mask"], mask_B_T=tensors["mask"]
-        )
+    for batch in make_batches(trainer, [(t, 1.0) for t in mine]):
+        logprobs = grpo.token_logprobs(trainer.model, **{**batch["scored"], "temperature": 1.0})
         loss = -logprobs.sum() / num_tokens
         loss.backward()
         total += loss.item()
-    optimizer_step(trainer)
-    return sum_over_ranks(trainer, total)[0]
+    total = sum_over_ranks(trainer, total)[0]
+    norm = optimizer_step(trainer, total)
+    if trainer.state["skipped_in_a_row"] >= MAX_SKIPPED:
+        stop_with_batch(trainer, [(t, 1.0) for t in mine], norm)
+    return total
 
 
 def demonstration(trainer: Trainer, ref) -> grpo.Trajectory:
@@ -516,8 +637,7 @@ def start_stage(trainer: Trainer, stage, learning_rate):
     """One AdamW serves the whole run: its second moments carry over from stage to stage (anew, the first steps would
     move every weight by the full rate, whatever its gradient), its momentum, of another loss, does not."""
     trainer.state.update(stage=stage, step=0)
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_rate(trainer, learning_rate)
     for moments in trainer.optimizer.state.values():
         moments["exp_avg"].zero_()
 
@@ -532,10 +652,11 @@ def save_checkpoint(trainer: Trainer):
     state = trainer.state
     state["seconds"] += clock(trainer)
     trainer.started = time.perf_counter()
+    parts = gather_checkpoint(trainer)
     failure = None
     if grpo.rank() == 0:
         try:
-            write_checkpoint(trainer)
+            write_checkpoint(trainer, *parts)
         except Exception as error:  # a full disk reaches us as OSError, SafetensorError or RuntimeError
             shutil.rmtree(trainer.run / "checkpoints" / "saving.tmp", ignore_errors=True)
             earlier = checkpoints(trainer.run)
@@ -546,7 +667,21 @@ def save_checkpoint(trainer: Trainer):
         raise StopRun(failure)
 
 
-def write_checkpoint(trainer: Trainer):
+def gather_checkpoint(trainer: Trainer):
+    """(weights where they are sharded, AdamW's moments, the reference policy), whole; all ranks take part."""
+    weights = grpo.gathered_weights(trainer.model)
+    moments = {
+        f"{name}/{key}": grpo.whole(value).to("cpu").contiguous()
+        for name, p in grpo.trained_parameters(trainer.model).items()
+        for key, value in trainer.optimizer.state.get(p, {}).items()
+    }
+    reference = None
+    if trainer.reference is not None:
+        reference = grpo.snapshot_tensors(trainer.model, trainer.reference)
+    return weights, moments, reference
+
+
+def write_checkpoint(trainer: Trainer, weights, moments, reference):
     folder = trainer.run / "checkpoints"
     earlier = checkpoints(trainer.run)
     number = int(earlier[-1].name.split("-")[0]) + 1 if earlier else 0
@@ -554,12 +689,10 @@ def write_checkpoint(trainer: Trainer):
     temporary = folder / "saving.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    trainer.model.save_pretrained(temporary)
-    trainer.tokenizer.save_pretrained(temporary)
-    torch.save(trainer.optimizer.state_dict(), temporary / "optimizer.pt")
-    if trainer.reference is not None:
-        weights = {name: p.contiguous() for name, p in trainer.reference.named_parameters()}
-        save_file(weights, temporary / "reference.safetensors")
+    grpo.save_policy(trainer.model, trainer.tokenizer, temporary, weights)
+    save_file(moments, temporary / "optimizer.safetensors")
+    if reference is not None:
+        save_file(reference, temporary / "reference.safetensors")
     logs = {path.name: path.stat().st_size for path in trainer.run.glob("*.jsonl")}
     sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     saved = {"state": trainer.state, "scores": trainer.scores, "algorithm": trainer.algorithm.state_dict()}
@@ -597,12 +730,14 @@ def load_checkpoint(trainer: Trainer, folder: Path, saved: dict):
     """Puts a trainer, its model loaded already, back to where the checkpoint was saved."""
     trainer.state, trainer.scores = saved["state"], saved["scores"]
     trainer.algorithm.load_state_dict(saved["algorithm"])
-    trainer.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    moments = load_file(folder / "optimizer.safetensors")
+    for name, p in grpo.trained_parameters(trainer.model).items():
+        mine = {key.rpartition("/")[2]: t for key, t in moments.items() if key.rpartition("/")[0] == name}
+        for key, tensor in mine.items():
+            whole = tensor.ndim == 0  # AdamW's count of steps
+            trainer.optimizer.state[p][key] = tensor if whole else grpo.part_like(tensor.to(p.device), p)
     if (folder / "reference.safetensors").exists():
-        trainer.reference = copy.deepcopy(trainer.model).requires_grad_(False)
-        weights = load_file(folder / "reference.safetensors")
-        for name, p in trainer.reference.named_parameters():
-            p.data.copy_(weights[name])
+        trainer.reference = grpo.snapshot_from(trainer.model, load_file(folder / "reference.safetensors"))
     if grpo.rank() == 0:  # what was logged after the checkpoint will be logged again
         for path in trainer.run.glob("*.jsonl"):
             os.truncate(path, saved["logs"].get(path.name, 0))
@@ -644,10 +779,11 @@ def check(args: Args):
     counts = (
         "batch_size_per_gpu gradient_accumulation_steps num_samples_per_prompt max_turns max_new_tokens eval_trials"
     )
+    counts += " micro_batch_tokens num_iterations"
     files = "checkpoint_every keep_checkpoints warmup_check_every"
     rates = "learning_rate warmup_learning_rate max_grad_norm temperature"
     bounds = dict.fromkeys(f"{counts} {files} {rates}".split(), ("greater than 0", lambda x: 0 < x < math.inf))
-    for name in ("num_steps_per_task", "warmup_steps", "kl_coef", "seed"):
+    for name in ("num_steps_per_task", "warmup_steps", "kl_coef", "seed", "lora_rank", "lr_warmup_steps"):
         bounds[name] = ("0 or more", lambda x: 0 <= x < math.inf)
     for name in ("gamma", "max_invalid_share"):
         bounds[name] = ("in [0, 1]", lambda x: 0 <= x <= 1)
@@ -665,13 +801,19 @@ def check(args: Args):
         "loss_type": grpo.LOSS_TYPES,
         "advantage_scale": ("group", "batch", "none"),
         "kl_estimator": ("k1", "k2", "k3"),
+        "kl_reference": (None, "domain", "initial"),
+        "lr_schedule": ("constant", "linear", "cosine"),
+        "rollout_engine": grpo.ENGINES,
         "replay_strategy": replay.STRATEGIES,
         "buffer_policy": replay.POLICIES,
         "user": (*oracle.USERS, "solo"),
     }
     for name, known in choices.items():
         if getattr(args, name) not in known:
-            raise ValueError(f"unknown {name} {getattr(args, name)!r}; choose one of {', '.join(known)}")
+            names = ", ".join(choice for choice in known if choice is not None)
+            raise ValueError(f"unknown {name} {getattr(args, name)!r}; choose one of {names}")
+    if args.shard and not dist.is_initialized():
+        raise ValueError("shard needs several ranks: start with torchrun --nproc_per_node=N train.py ...")
     if not args.task_order or len(set(args.task_order)) != len(args.task_order):
         raise ValueError(f"task_order must name each domain once, got {args.task_order}")
 
@@ -722,8 +864,30 @@ def set_up(args: Args, device="cpu") -> Trainer:
     if args.model_name_or_path == "tiny":
         # Cut, as the policy sees them; the tokenizer is made for these tasks, the policy knows no others.
         corpus = [text[:400] for d, tasks in train_tasks.items() for text in oracle.corpus(d, tasks)]
-    source = str(folder) if folder else args.model_name_or_path
-    model, tokenizer = grpo.load_policy(source, args.model_dtype, device, seed=args.seed, corpus=corpus)
+    loading = {
+        "dtype": args.model_dtype,
+        "device": device,
+        "seed": args.seed,
+        "corpus": corpus,
+        "attn_implementation": args.attn_implementation,
+        "gradient_checkpointing": args.gradient_checkpointing,
+    }
+    args.kl_reference = args.kl_reference or ("initial" if args.lora_rank else "domain")
+    keep_initial = not args.lora_rank and (args.log_initial_kl or args.kl_reference == "initial")
+
+    def load(source, lora_rank=args.lora_rank):
+        model, tokenizer = grpo.load_policy(str(source), lora_rank=lora_rank, **loading)
+        if args.shard:
+            grpo.shard(model)
+        return model, tokenizer
+
+    initial = None
+    if keep_initial and folder is not None:
+        initial = grpo.snapshot(load(args.model_name_or_path)[0])
+    embedded_lora = folder is None and args.model_name_or_path == "tiny" and args.lora_rank > 0
+    model, tokenizer = load(folder or args.model_name_or_path, 0 if embedded_lora else args.lora_rank)
+    if keep_initial and folder is None:
+        initial = grpo.snapshot(model)
     if folder is None:
         algorithm_name = args.cl_algorithm.rpartition(":")[2]
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -733,6 +897,7 @@ def set_up(args: Args, device="cpu") -> Trainer:
             raise ValueError(
                 f"run directory {run} exists; choose another --run_name, or continue it with --resume {run}"
             )
+        weights = grpo.gathered_weights(model) if embedded_lora else None
         if grpo.rank() == 0:
             (run / "checkpoints").mkdir(parents=True)
             tasks = {d: [task.id for task in tasks] for d, tasks in train_tasks.items()}
@@ -740,10 +905,15 @@ def set_up(args: Args, device="cpu") -> Trainer:
             write_json(
                 run / "config.json", {**config, "eval_tasks": {d: [t.id for t in v] for d, v in eval_tasks.items()}}
             )
+            if embedded_lora:  # an adapter's directory names its base, which must be one too
+                grpo.save_policy(model, tokenizer, run / "base", weights)
         if grpo.world_size() > 1:
             dist.barrier()
-    trainer = Trainer(args, run, model, tokenizer, algorithm, train_tasks, eval_tasks)
-    trainer.optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
+        if embedded_lora:
+            model, tokenizer = load((run / "base").resolve())
+    trainer = Trainer(args, run, model, tokenizer, algorithm, train_tasks, eval_tasks, initial=initial)
+    parameters = grpo.trained_parameters(model).values()
+    trainer.optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
     if folder is not None:
         try:
             load_checkpoint(trainer, folder, saved)
@@ -782,8 +952,8 @@ def run_stages(trainer: Trainer, signals: Signals):
             bar.close()
             if state["step"]:
                 state["warm_start"].update(evaluate(trainer, "warmup", [domain]))
-            if args.kl_coef > 0:
-                trainer.reference = copy.deepcopy(trainer.model).requires_grad_(False)
+            if args.kl_coef > 0 and args.kl_reference == "domain":
+                trainer.reference = grpo.snapshot(trainer.model)
             start_stage(trainer, "grpo", args.learning_rate)
             save_checkpoint(trainer)
 
@@ -801,6 +971,7 @@ def run_stages(trainer: Trainer, signals: Signals):
                     save_checkpoint(trainer)
             bar.close()
             state.update(stage="evaluate", step=0)
+            save_checkpoint(trainer)
 
         trainer.scores = evaluate(trainer, "domain", args.task_order)
         state["R"].append([trainer.scores[d] for d in args.task_order])

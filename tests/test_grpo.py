@@ -3,18 +3,53 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import grpo
-from grpo import ChatFormat, CodeEpisode, Trajectory, group_advantages, parse_message, policy_loss, token_logprobs
+from grpo import ChatFormat, Trajectory, group_advantages, parse_message, policy_loss, token_logprobs
 
 
 @pytest.fixture(scope="module")
 def tiny():
     return grpo.load_policy("tiny", "float32", "cpu")
+
+
+class CodeEpisode:
+    """A toy task in the shape of an Episode: read a code with one tool, repeat it to another."""
+
+    domain, system, tools = "toy", "", []
+
+    def __init__(self, number):
+        self.task = SimpleNamespace(id=number)
+        self.messages, self.done, self.termination, self.reward = [], False, "", 0.0
+
+    def opening(self):
+        return [{"role": "user", "content": f"Open door {self.task.id}."}]
+
+    def code(self):
+        return (7 * self.task.id + 3) % 10
+
+    def act(self, message):
+        calls = [call["function"] for call in message.get("tool_calls") or []]
+        if len(self.messages) == 0 and calls and calls[0]["name"] == "look":
+            self.messages.append(message)
+            return [{"role": "tool", "content": f"code {self.code()}"}]
+        right = {"name": "open", "arguments": {"code": self.code()}}
+        self.reward = float(bool(self.messages) and right in [dict(c) for c in calls])
+        self.messages.append(message)
+        self.stop("agent_stop")
+        return []
+
+    def stop(self, reason):
+        self.done, self.termination = True, reason
+
+    def gold(self):
+        look = {"name": "look", "arguments": {}}
+        return [{"tool_calls": [{"function": f}]} for f in (look, {"name": "open", "arguments": {"code": self.code()}})]
 
 
 # ------------------------------------------------------------------------------------------- advantages

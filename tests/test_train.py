@@ -1,6 +1,5 @@
 """train.py as a user runs it: whole runs, resumed and killed runs, several ranks, and bad input."""
 
-import copy
 import dataclasses
 import json
 import os
@@ -159,71 +158,101 @@ def test_two_ranks_run_the_same_code(tmp_path):
 # --------------------------------------------------------------------------------- the one gradient law
 
 
-def law_trainer(loss_type, micro):
-    """A trainer with a fixed policy, and 7 trajectories of different lengths with advantages, one of them 0."""
+# Rewards of four groups, their trajectories' lengths following; None: the environment failed. The last has no variance.
+LAW_REWARDS = [[1.0, 0.0, 0.3], [0.2, None, 0.9], [0.0, 1.0, 0.5], [0.7, 0.7, 0.7]]
+LAW_LENGTHS = [3, 9, 5, 14, 4, 7, 6, 8, 2, 5, 5, 11]
+
+
+def law_trainer(loss_type, micro_batch_tokens=10_000, **changes):
+    """A trainer with a fixed policy and reference, and the trajectories of four groups."""
     model, tokenizer = grpo.load_policy("tiny", "float32", "cpu")
-    args = dataclasses.replace(
-        Args(), loss_type=loss_type, batch_size_per_gpu=micro, num_samples_per_prompt=1, temperature=1.0, gamma=0.9
-    )
-    args.max_context, args.max_grad_norm = 64, 1e9
-    if loss_type == "cispo":
-        args.epsilon_high = 5.0
-    algorithm = replay.SequentialCL()
-    trainer = train.Trainer(args, Path(), model, tokenizer, algorithm, {}, {})
-    trainer.reference = copy.deepcopy(model)
+    args = dataclasses.replace(Args(), loss_type=loss_type, micro_batch_tokens=micro_batch_tokens, temperature=1.0)
+    args = dataclasses.replace(args, gamma=0.9, max_context=64, max_grad_norm=1e9, kl_reference="domain", **changes)
+    trainer = train.Trainer(args, Path(), model, tokenizer, replay.SequentialCL(), {}, {})
     with torch.no_grad():
-        for p in trainer.reference.parameters():
-            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        trainer.initial = [p.clone() for p in model.parameters()]
+        rng = torch.Generator().manual_seed(1)
+        trainer.reference = [p + 0.01 * torch.randn(p.shape, generator=rng) for p in model.parameters()]
+    if args.shard:
+        grpo.shard(model)
+        names = grpo.trained_parameters(model)
+        for kind in ("initial", "reference"):
+            tensors = dict(zip(names, getattr(trainer, kind), strict=True))
+            setattr(trainer, kind, grpo.snapshot_from(model, tensors))
+    trainer.optimizer = torch.optim.SGD(grpo.trained_parameters(model).values(), lr=1.0)
     rng = torch.Generator().manual_seed(0)
     trajectories = []
-    for n in (3, 9, 5, 14, 4, 7, 6):
+    for n in LAW_LENGTHS:
         t = grpo.Trajectory(task_id=str(n))
         t.append(torch.randint(3, 300, (n,), generator=rng).tolist())
         for turn in range(2):
             t.append(torch.randint(3, 300, (n,), generator=rng).tolist(), turn, [-5.5 + 0.1 * k for k in range(n)])
         trajectories.append(t)
-    return trainer, trajectories, [0.5, -1.0, 0.0, 0.7, 1.0, -0.3, 0.2]
+    return trainer, trajectories
 
 
-def law_weights(loss_type, micro, mine) -> torch.Tensor:
-    """The weights after one step (SGD, rate 1) on this rank's share of the trajectories."""
-    trainer, trajectories, advantages = law_trainer(loss_type, micro)
-    train.update(trainer, [trajectories[i] for i in mine], [advantages[i] for i in mine])
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+def law_step(loss_type, order, **settings) -> tuple[torch.Tensor, dict]:
+    """(what one step of SGD at rate 1 takes off the weights: the gradient, statistics); `order`: which groups, in the
+    order of the batch, of which rank r of n plays every n-th from r on."""
+    trainer, trajectories = law_trainer(loss_type, **settings)
+    before = law_weights(trainer)
+    groups = [train.Group(None, False, LAW_REWARDS[i]) for i in order]
+    for i, reward in enumerate(r for rewards in LAW_REWARDS for r in rewards):
+        trajectories[i].valid = reward is not None
+    mine = [trajectories[3 * i + k] for i in order[grpo.rank() :: grpo.world_size()] for k in range(3)]
+    stats = train.update(trainer, train.with_advantages(trainer, mine, groups))
+    return before - law_weights(trainer), stats
 
 
-def law_gradient(loss_type, weights) -> torch.Tensor:
-    start = law_trainer(loss_type, 1)[0].model
-    return torch.cat([p.detach().flatten() for p in start.parameters()]) - weights
+def law_weights(trainer):
+    parameters = grpo.trained_parameters(trainer.model).values()
+    return torch.cat([grpo.whole(p.detach()).flatten().clone() for p in parameters])
+
+
+def apart(a, b):
+    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("loss_type", grpo.LOSS_TYPES)
 def test_the_gradient_does_not_depend_on_micro_batches(loss_type):
-    together, apart = (law_gradient(loss_type, law_weights(loss_type, micro, range(7))) for micro in (8, 1))
+    together, stats = law_step(loss_type, [0, 1, 2, 3])
+    singly, stats_singly = law_step(loss_type, [0, 1, 2, 3], micro_batch_tokens=1)
     assert together.norm() > 1e-3
-    assert (together - apart).norm() / together.norm() < 1e-5
+    assert apart(singly, together) < 1e-5
+    names = set(stats) - {"update_seconds"}
+    assert {n: stats_singly[n] for n in names} == pytest.approx({n: stats[n] for n in names}, rel=1e-4, abs=1e-6)
 
 
-# Uneven counts; and a rank that has nothing with an advantage.
-SHARES = [("dapo", [[0, 1, 2, 3, 4], [5, 6]]), ("grpo", [[0, 1, 3, 4, 5, 6], [2]])]
+# The third order leaves rank 1 with the group without variance alone: it has nothing to compute.
+ORDERS = [[0, 1, 2, 3], [0, 1, 2], [0, 3, 1, 3, 2, 3]]
+LAW_CASES = [(loss, order, False) for loss in grpo.LOSS_TYPES for order in ORDERS[1:]] + [
+    (loss, order, True) for loss in ("dapo", "gspo") for order in ORDERS
+]
 
 
 def law_rank(rank, path):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{path}.sync", rank=rank, world_size=2)
-    for case, (loss_type, shares) in enumerate(SHARES):
-        torch.save(law_weights(loss_type, 2, shares[rank]), f"{path}.{case}.{rank}")
+    for case, (loss_type, order, shard) in enumerate(LAW_CASES):
+        gradient, stats = law_step(loss_type, order, micro_batch_tokens=40, shard=shard)
+        torch.save(gradient, f"{path}.{case}.{rank}")
+        Path(f"{path}.{case}.{rank}.json").write_text(json.dumps(stats))
     torch.distributed.destroy_process_group()
 
 
-def test_the_gradient_does_not_depend_on_ranks(tmp_path):
+def test_the_gradient_does_not_depend_on_ranks_or_shards(tmp_path):
+    """Uneven counts, an environment error on one rank, a rank with nothing valid; FSDP2 against whole weights."""
     torch.multiprocessing.spawn(law_rank, [str(tmp_path / "law")], nprocs=2)
-    for case, (loss_type, _) in enumerate(SHARES):
-        first, second = (torch.load(tmp_path / f"law.{case}.{rank}", weights_only=True) for rank in (0, 1))
+    for case, (loss_type, order, shard) in enumerate(LAW_CASES):
+        paths = [tmp_path / f"law.{case}.{rank}" for rank in (0, 1)]
+        first, second = (torch.load(path, weights_only=True) for path in paths)
         assert torch.equal(first, second)  # the ranks stay the same policy
-        together = law_gradient(loss_type, law_weights(loss_type, 8, range(7)))
-        assert (together - law_gradient(loss_type, first)).norm() / together.norm() < 1e-5
+        alone, stats = law_step(loss_type, order)
+        assert apart(first, alone) < 1e-5, (loss_type, order, shard)
+        names = set(stats) - {"update_seconds"}
+        for path in paths:
+            found = json.loads(Path(f"{path}.json").read_text())
+            assert {n: found[n] for n in names} == pytest.approx({n: stats[n] for n in names}, rel=1e-4, abs=1e-6)
 
 
 # ---------------------------------------------------------------------------------------- stop and resume
