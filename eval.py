@@ -118,7 +118,7 @@ def score_and_record(episode, trajectory) -> dict:
         "tokens": sum(trajectory.action_mask),
         "turns": episode.turns,
         "tool_calls": episode.calls,
-        "tool_errors": episode.errors,
+        "failed_calls": episode.failed_calls,
         "truncated": trajectory.truncated,
         "messages": [m.model_dump(exclude_none=True, exclude={"timestamp", "requestor"}) for m in episode.messages],
     }

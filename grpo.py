@@ -20,10 +20,12 @@ import json
 import logging
 import os
 import re
+import time
 import types
-from collections import Counter, deque
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -591,32 +593,35 @@ def seeded_generator(device, *seeds) -> torch.Generator:
 # ----------------------------------------------------------------------------------------------- rollouts
 
 
-class RoomyLayer(DynamicLayer):
-    """transformers' DynamicLayer copies all keys at every token; this one doubles its room instead."""
+class RaggedLayer(DynamicLayer):
+    """Keys and values of conversations of different lengths, in room that doubles when it is full: a forward pass of
+    some `rows` writes to each from its own `starts` on. transformers' DynamicLayer has one length for all and copies
+    everything at every token."""
 
-    room = None
+    count = 0  # conversations
+    room = None  # (2, count, heads, tokens, head_dim)
+    rows = starts = None  # of the next forward pass, (b,); rows None: all
+    end = 0
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if self.room is None or self.room.shape[-2] < end:
-            batch, heads, _, head_dim = key_states.shape
-            room = key_states.new_empty((2, batch, heads, max(256, 2 * end), head_dim), dtype=value_states.dtype)
-            if start:
-                room[0, :, :, :start] = self.keys
-                room[1, :, :, :start] = self.values
-            self.room = room
-        self.room[0, :, :, start:end] = key_states
-        self.room[1, :, :, start:end] = value_states
-        self.keys, self.values = self.room[0, :, :, :end], self.room[1, :, :, :end]
-        return self.keys, self.values
+        batch, heads, width, head_dim = key_states.shape
+        if self.room is None or self.room.shape[-2] < self.end:
+            old = self.room
+            self.room = key_states.new_zeros((2, self.count, heads, max(256, 2 * self.end), head_dim))
+            if old is not None:
+                self.room[:, :, :, : old.shape[-2]] = old
+        rows = torch.arange(batch, device=self.starts.device) if self.rows is None else self.rows
+        columns = self.starts[:, None] + torch.arange(width, device=self.starts.device)
+        for half, states in zip(self.room, (key_states, value_states), strict=True):
+            half[rows[:, None], :, columns] = states.transpose(1, 2).to(half.dtype)
+        seen = self.room[:, :, :, : self.end]
+        return tuple(seen if self.rows is None else seen[:, rows])
+
+    def get_seq_length(self):
+        return self.end
 
     def select(self, rows):
-        self.room = self.room.index_select(1, rows)
-        end = self.keys.shape[-2]
-        self.keys, self.values = self.room[0, :, :, :end], self.room[1, :, :, :end]
+        self.room, self.count = self.room.index_select(1, rows), len(rows)
 
 
 def _new_cache(model):
@@ -624,7 +629,7 @@ def _new_cache(model):
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         name = model.config.name_or_path or model.config.model_type
         raise ValueError(f"{name}: rollouts need full attention in every layer; this model has other layers")
-    cache.layers = [RoomyLayer() for _ in cache.layers]
+    cache.layers = [RaggedLayer() for _ in cache.layers]
     return cache
 
 
@@ -746,55 +751,94 @@ ENGINES = ("auto", "padded", "paged")
 
 
 def _play_padded(model, tokenizer, active, temperature, generator):
-    """Every conversation advances by one token per forward pass, be it sampled or part of an answer that it reads."""
+    """All conversations sample one token per forward pass; those that have been answered read the answer first, in a
+    pass of their own. Equal prompts are read once."""
     device = model.device
-    prompts = [c.trajectory.token_ids for c in active]
-    queues = [deque() for _ in active]  # still to be fed before it is the conversation's turn again
-    sampled = [[] for _ in active]  # of the turn in progress: (token, log-probability)
-    width = max(map(len, prompts))
-    ids = torch.full((len(active), width), tokenizer.pad_token_id or 0)
-    mask = torch.zeros((len(active), width), dtype=torch.long)
-    for i, prompt in enumerate(prompts):  # padded on the left: every conversation's next token is in the same column
-        ids[i, width - len(prompt) :] = torch.tensor(prompt)
-        mask[i, width - len(prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
+    if model.config._attn_implementation not in ("eager", "sdpa"):
+        raise ValueError(f"padded rollouts need eager or sdpa attention, not {model.config._attn_implementation}")
+    prompts = [tuple(c.trajectory.token_ids) for c in active]
+    distinct = sorted(set(prompts))
     cache = _new_cache(model)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    while True:
-        logits_BV = model(
-            input_ids=ids,
-            attention_mask=mask,
+    lengths = torch.zeros(len(distinct), dtype=torch.long, device=device)  # tokens in the cache
+    head = model.get_output_embeddings()
+
+    def read(rows, texts):
+        """Feeds each row its next tokens; logits (rows, V) behind the last one."""
+        widths = torch.tensor([len(text) for text in texts], device=device)
+        ids = torch.zeros((len(texts), max(map(len, texts))), dtype=torch.long)
+        for i, text in enumerate(texts):
+            ids[i, : len(text)] = torch.tensor(text)
+        index = None if rows is None else torch.tensor(rows, device=device)
+        starts = lengths if rows is None else lengths[index]
+        positions = starts[:, None] + torch.arange(ids.shape[1], device=device)
+        end = int(starts.max()) + ids.shape[1]
+        for layer in cache.layers:
+            layer.rows, layer.starts, layer.end = index, starts, end
+        seen = torch.arange(end, device=device) <= positions[:, :, None]  # and so never the padding behind a text
+        if model.config._attn_implementation == "eager":
+            seen = torch.where(seen, 0.0, torch.finfo(model.dtype).min)
+        hidden = model.get_decoder()(
+            input_ids=ids.to(device),
+            attention_mask=seen[:, None],
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        ).last_hidden_state
+        logits = head(hidden[torch.arange(len(texts), device=device), widths - 1])
+        if rows is None:
+            lengths.add_(widths)
+        else:
+            lengths[index] += widths
+        return logits
+
+    def read_long(rows, texts):
+        """The same in passes of 16k tokens."""
+        logits = {}
+        for part in micro_batches([len(text) for text in texts], 16384):
+            found = read([rows[i] for i in part], [texts[i] for i in part])
+            logits.update(zip(part, found, strict=True))
+        return torch.stack([logits[i] for i in range(len(texts))])
+
+    cache_rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=device)
+    for layer in cache.layers:
+        layer.count = len(distinct)
+    logits_BV = read_long(range(len(distinct)), distinct)[cache_rows]
+    for layer in cache.layers:
+        layer.select(cache_rows)
+    lengths = lengths[cache_rows]
+    rows = list(range(len(active)))  # whose logits these are
+    sampled = [[] for _ in active]  # of the turn in progress: (token, log-probability)
+    pending = [[] for _ in active]  # to be read before the next token
+    while True:
         logprobs_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(-1)
         if temperature > 0:
             tokens_B = torch.multinomial(logprobs_BV.exp(), 1, generator=generator)
         else:
             tokens_B = logprobs_BV.argmax(-1, keepdim=True)
         chosen_B = logprobs_BV.gather(1, tokens_B)[:, 0].tolist()
-        for i, (token, logprob) in enumerate(zip(tokens_B[:, 0].tolist(), chosen_B, strict=True)):
-            if queues[i] or active[i].finished:
+        for i, token, logprob in zip(rows, tokens_B[:, 0].tolist(), chosen_B, strict=True):
+            if active[i].finished:
                 continue
             sampled[i].append((token, logprob))
-            queues[i].append(token)
+            pending[i] = [token]
             if token in active[i].chat.stop_ids or len(sampled[i]) == active[i].room:
-                queues[i].extend(active[i].say(*map(list, zip(*sampled[i], strict=True))))
+                pending[i] += active[i].say(*map(list, zip(*sampled[i], strict=True)))
                 sampled[i] = []
         kept = [i for i, c in enumerate(active) if not c.finished]
         if not kept:
             return
         if len(kept) <= 0.8 * len(active):  # finished conversations leave the batch a fifth at a time
+            active, pending, sampled = ([column[i] for i in kept] for column in (active, pending, sampled))
             index = torch.tensor(kept, device=device)
-            active, queues, sampled = ([column[i] for i in kept] for column in (active, queues, sampled))
-            mask, positions = mask[index], positions[index]
+            lengths = lengths[index]
             for layer in cache.layers:
                 layer.select(index)
-        ids = torch.tensor([[queue.popleft() if queue else 0] for queue in queues], device=device)
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)
-        positions = positions[:, -1:] + 1
+        rows = [i for i, text in enumerate(pending) if len(text) > 1 and not active[i].finished]
+        if rows:
+            logits_BV = read_long(rows, [pending[i] for i in rows])
+        else:
+            rows = list(range(len(active)))
+            logits_BV = read(None, [text[:1] for text in pending])
 
 
 PAGE = 16  # tokens; what is not a whole page is read again when its conversation goes on
@@ -1098,3 +1142,264 @@ def micro_batches(lengths, max_tokens) -> list[list[int]]:
             batches.append([])
         batches[-1].append(i)
     return batches
+
+
+# -------------------------------------------------------------------------- the benchmark (python grpo.py)
+
+SHAPES = {  # of Qwen2.5: width, width of the MLP, layers, heads, key-value heads, vocabulary
+    "tiny": (128, 384, 4, 4, 2, 2048),
+    "0.5b": (896, 4864, 24, 14, 2, 151936),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936),
+    "7b": (3584, 18944, 28, 28, 4, 152064),
+}
+
+
+@dataclass
+class Benchmark:
+    """Times rollouts and updates of this file against the plain ways, on random weights in the shape of a model."""
+
+    shape: str = "tiny"
+    """tiny, 0.5b, 1.5b or 7b (Qwen2.5)"""
+    layers: int | None = None
+    """a slice of so many layers; default: all"""
+    dtype: str | None = None
+    """float32 or bfloat16; default: bfloat16 on a GPU, float32 elsewhere"""
+    attn_implementation: str | None = None
+    """eager, sdpa, flash_attention_2, ..."""
+    tasks: int = 4
+    """different tasks; all conversations share the prompt but for its last tokens"""
+    samples: int = 4
+    """conversations per task"""
+    turns: int = 4
+    """agent turns per conversation"""
+    prompt_tokens: int = 1024
+    """tokens of the shared system prompt"""
+    new_tokens: int = 32
+    """sampled tokens per turn"""
+    tool_tokens: int = 64
+    """tokens of the answer to a turn"""
+    update_tokens: int = 2048
+    """tokens of the one sequence that the update is timed on"""
+    action_share: float = 0.25
+    """share of its tokens that were sampled"""
+    repeats: int = 3
+    """of each measurement, one after the other in turn"""
+    peak_tflops: float = 989.0
+    """of the GPU in bfloat16, for the model FLOP utilisation (H100, H200: 989)"""
+    seed: int = 0
+    """of weights, texts and samples"""
+
+
+class TimedEpisode:
+    """A conversation of fixed length: a long shared prompt, a short task, and an answer to every turn but the last."""
+
+    domain, tools = "benchmark", []
+
+    def __init__(self, number, args, tokenizer):
+        self.task = types.SimpleNamespace(id=number)
+        self.words = np.random.default_rng([args.seed, number])
+        self.args, self.tokenizer = args, tokenizer
+        self.system = self.text(args.prompt_tokens, np.random.default_rng(args.seed))
+        self.messages, self.done, self.termination = [], False, ""
+
+    def text(self, tokens, rng):
+        ids = self.tokenizer(" ".join(map(str, rng.integers(0, 1000, tokens)))).input_ids
+        return self.tokenizer.decode(ids[:tokens])
+
+    def opening(self):
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": self.text(16, self.words)}]
+
+    def act(self, message):
+        self.messages.append(message)
+        if len(self.messages) == self.args.turns:
+            self.stop("user_stop")
+            return []
+        return [{"role": "tool", "content": self.text(self.args.tool_tokens, self.words)}]
+
+    def stop(self, reason):
+        self.done, self.termination = True, reason
+
+
+def _play_generate(model, tokenizer, active, temperature, generator):
+    """The plain way: `model.generate` once per turn on all conversations, which reads them from the start each time."""
+    while active:
+        prompts = [{"input_ids": c.trajectory.token_ids} for c in active]
+        batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
+        width = batch.input_ids.shape[1]
+        said = model.generate(
+            **batch,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=active[0].max_new_tokens,
+            eos_token_id=sorted(active[0].chat.stop_ids),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for c, ids in zip(active, said[:, width:].tolist(), strict=True):
+            stop = next((i + 1 for i, token in enumerate(ids) if token in c.chat.stop_ids), len(ids))
+            c.say(ids[:stop], [0.0] * stop)
+        active = [c for c in active if not c.finished]
+
+
+@contextmanager
+def peak_memory(device):
+    """Yields a list that holds, afterwards, the bytes that were used at most beyond those used before."""
+    found = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield found
+        found.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def kilobytes(name):
+        return int(re.search(rf"{name}:\s+(\d+)", status.read_text()).group(1))
+
+    if reset.exists():
+        reset.write_text("5")  # sets the peak of resident memory back to what is resident now
+        before = kilobytes("VmRSS")
+        yield found
+        found.append(1024 * (kilobytes("VmHWM") - before))
+    else:
+        yield found
+        found.append(0)
+
+
+def _timed(ways, repeats, device):
+    """{name: (seconds of the fastest run, peak bytes, result)}; the ways take turns, so that noise meets all alike."""
+    measured = {}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            with peak_memory(device) as peak:
+                start = time.perf_counter()
+                result = way()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+            if name not in measured or seconds < measured[name][0]:
+                measured[name] = (seconds, peak[0], result)
+    return measured
+
+
+def benchmark_rollouts(args, model, tokenizer):
+    """Prints a table of the ways to play the same conversations."""
+    computed = [0]
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, inputs, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    chat = ChatFormat.of(tokenizer)
+
+    def play(how):
+        computed.clear()
+        episodes = [TimedEpisode(n, args, tokenizer) for n in range(args.tasks) for _ in range(args.samples)]
+        generator = torch.Generator(model.device).manual_seed(args.seed)
+        if how != "generate":
+            played = rollout(model, tokenizer, episodes, 1.0, args.new_tokens, generator=generator, engine=how)
+        else:
+            cut = {"tool": None, "user": None}
+            started = [_Conversation(e, chat, args.new_tokens, 2**20, cut, None) for e in episodes]
+            with torch.no_grad(), autocast(model):
+                _play_generate(model, tokenizer, started, 1.0, generator)
+            played = [c.trajectory for c in started]
+        beginnings = set()
+        for t in played:
+            beginning = 0
+            for token in t.token_ids:
+                beginning = hash((beginning, token))
+                beginnings.add(beginning)
+        return sum(sum(t.action_mask) for t in played), sum(computed) / len(beginnings)
+
+    ways = {how: (lambda how=how: play(how)) for how in ("generate", "padded", "paged")}
+    measured = _timed(ways, args.repeats, model.device)
+    print("\n| rollouts | seconds | sampled tokens/s | times `generate` | computed / distinct tokens | peak GB |")
+    print("|---|---|---|---|---|---|")
+    plain = measured["generate"][2][0] / measured["generate"][0]
+    for name, (seconds, peak, (tokens, share)) in measured.items():
+        speed = tokens / seconds
+        print(f"| {name} | {seconds:.2f} | {speed:.0f} | {speed / plain:.2f} | {share:.2f} | {peak / 1e9:.2f} |")
+
+
+def benchmark_update(args, model):
+    """Prints a table of the ways to compute a loss and its gradient on one long sequence."""
+    rng = torch.Generator().manual_seed(args.seed)
+    ids = torch.randint(3, model.config.vocab_size, (1, args.update_tokens), generator=rng).to(model.device)
+    mask = (torch.rand(ids.shape, generator=rng) < args.action_share).to(model.device)
+    attention = torch.ones_like(ids)
+
+    def plain():
+        with autocast(model):
+            logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+        logprobs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return torch.cat([logprobs.new_zeros(1, 1), logprobs], 1)
+
+    def gradient(logprobs):
+        loss, _ = policy_loss(logprobs, logprobs.detach(), torch.ones(1, device=model.device), mask)
+        loss.backward()
+        squares = torch.stack([p.grad.float().square().sum() for p in model.parameters()])
+        model.zero_grad()
+        return squares.sum().sqrt().item()
+
+    measured = _timed(
+        {
+            "all logits": lambda: gradient(plain()),
+            "token_logprobs": lambda: gradient(token_logprobs(model, ids, attention, mask_B_T=mask)),
+        },
+        args.repeats,
+        model.device,
+    )
+    layers = sum(p.numel() for p in model.get_decoder().layers.parameters())
+    config = model.config
+    flops = 6 * args.update_tokens * (layers + config.hidden_size * config.vocab_size * args.action_share)
+    flops += 6 * config.num_hidden_layers * args.update_tokens**2 * config.hidden_size  # causal attention
+    print("\n| update | seconds | tokens/s | times all logits | peak GB beyond the weights | gradient norm |")
+    print("|---|---|---|---|---|---|")
+    base = measured["all logits"][0]
+    for name, (seconds, peak, norm) in measured.items():
+        speed = f"{args.update_tokens / seconds:.0f} | {base / seconds:.2f}"
+        print(f"| {name} | {seconds:.2f} | {speed} | {peak / 1e9:.2f} | {norm:.5f} |")
+    if model.device.type == "cuda":
+        share = flops / measured["token_logprobs"][0] / (args.peak_tflops * 1e12)
+        print(f"\nmodel FLOP utilisation of the update: {share:.1%} of {args.peak_tflops:.0f} TFLOP/s")
+
+
+def main():
+    import tyro
+
+    args = tyro.cli(Benchmark)
+    if args.shape not in SHAPES:
+        raise SystemExit(f"grpo.py: unknown shape {args.shape!r}; choose one of {', '.join(SHAPES)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    torch.manual_seed(args.seed)
+    _, tokenizer = load_policy("tiny", "float32", "cpu")
+    width, mlp, layers, heads, kv_heads, vocabulary = SHAPES[args.shape]
+    config = Qwen2Config(
+        vocab_size=max(vocabulary, len(tokenizer)),
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=args.layers or layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=32768,
+        tie_word_embeddings=args.shape != "7b",
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with device:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation).eval()
+    model.compute_dtype = DTYPES[dtype]
+    size = sum(p.numel() for p in model.parameters())
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(
+        f"{args.shape} with {config.num_hidden_layers} layers: {size / 1e6:.0f}M parameters, {dtype}, {name}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}; the best of {args.repeats} runs each"
+    )
+    benchmark_rollouts(args, model, tokenizer)
+    benchmark_update(args, model)
+
+
+if __name__ == "__main__":
+    main()

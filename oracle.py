@@ -433,8 +433,7 @@ class Episode:
         history = task.initial_state.message_history if task.initial_state is not None else None
         self.messages = copy.deepcopy(history or [])
         self.done, self.termination = False, ""
-        self.turns = self.calls = self.errors = 0
-        self._calls = 0
+        self.turns = self.calls = self.failed_calls = self.errors = 0
         self._opened = False
 
     def opening(self) -> list[dict]:
@@ -468,7 +467,6 @@ class Episode:
             message = {"content": message.content, "tool_calls": message.tool_calls}
         content = strip_thinking(message.get("content"))
         calls = message.get("tool_calls") or []
-        self.calls += len(calls)
         self.turns += 1
         if len(content) > MAX_TEXT:
             answers = self._error("user", f"the message is longer than {MAX_TEXT} characters")
@@ -492,10 +490,11 @@ class Episode:
     def _call_tools(self, content, calls):
         answers, valid = [], []
         for call in calls:
-            self._calls += 1
+            self.calls += 1
             try:
-                checked = _checked_call(call, f"call_{self._calls}")
+                checked = _checked_call(call, f"call_{self.calls}")
             except Rejected as error:
+                self.failed_calls += 1
                 answers.append(self._error("tool", str(error), record=False))
             else:
                 valid.append(checked)
@@ -509,6 +508,7 @@ class Episode:
             if isinstance(answer, ToolCall):
                 result = self.env.get_response(answer)
                 self.errors += result.error
+                self.failed_calls += result.error
                 self.messages.append(result)
                 answers[i] = {"role": "tool", "content": result.content or ""}
         # Behind the results: tau2 wants each call followed at once by its result.
@@ -527,7 +527,7 @@ class Episode:
 
     def _ask_user(self, content):
         self.messages.append(AssistantMessage(role="assistant", content=content))
-        reply = self.user.reply(content, acted=self._calls > 0)
+        reply = self.user.reply(content, acted=self.calls > 0)
         self.messages.append(UserMessage(role="user", content=reply))
         if STOP in reply:
             return self._end("user_stop")

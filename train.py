@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -535,7 +536,7 @@ def grpo_step(trainer: Trainer) -> dict:
         "zero_variance_groups": sum(not g.varied for g in trainer.groups) / len(trainer.groups),
         "replayed_groups": sum(g.replayed for g in trainer.groups) / len(trainer.groups),
         "turns": sum(r["turns"] for r in records) / len(records),
-        "tool_error_share": sum(r["tool_errors"] for r in records) / max(1, sum(r["tool_calls"] for r in records)),
+        "tool_error_share": sum(r["failed_calls"] for r in records) / max(1, sum(r["tool_calls"] for r in records)),
         "truncated": sum(r["truncated"] for r in records) / len(records),
         "invalid": len(records) - len(valid),
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
@@ -1064,21 +1065,34 @@ def parse_args(argv=None) -> Args:
 
 def main():
     args = parse_args()
+    code = 0
     try:
         train(args)
     except Interrupted as stop:
-        print("\nsaved; continue with --resume", file=sys.stderr)
-        raise SystemExit(128 + stop.args[0]) from None
+        code = 128 + stop.args[0]
+        report("saved; continue with --resume", rank_0_only=True)
     except KeyboardInterrupt:
-        print("\nstopped at once; --resume continues a run from its last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+        code = 130
+        report("stopped at once; --resume continues a run from its last checkpoint", rank_0_only=True)
     except (ValueError, OSError, StopRun) as error:
-        where = f" (rank {grpo.rank()})" if grpo.rank() > 0 else ""
-        print(f"train.py{where}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        code = 2
+        report(f"train.py: {error}")
+    except Exception as error:
+        code = 1
+        # What the others raise when one rank is gone; the cause is that one's, which has shown it.
+        lost = isinstance(error, dist.DistBackendError) or "gloo/transport" in str(error)
+        report("train.py: lost the connection to another rank" if lost else traceback.format_exc())
+    if code and grpo.world_size() > 1:
+        os._exit(code)  # at once, without waiting for the others in a destructor: torchrun stops them then
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    raise SystemExit(code)
+
+
+def report(text, rank_0_only=False):
+    where = f"[rank {grpo.rank()}] " if grpo.rank() > 0 else ""
+    if not where or not rank_0_only:
+        print(f"\n{where}{text}" if rank_0_only else f"{where}{text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
