@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 import types
 from collections import Counter
@@ -209,7 +210,9 @@ def load_policy(
     if lora_rank:
         _add_lora(model, lora_rank, seed)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The method's name changed in transformers 5.2x; the old one warns.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     for module in model.modules():  # dropout would break the ratio of 1, in training mode too
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -1369,7 +1372,8 @@ def main():
 
     args = tyro.cli(Benchmark)
     if args.shape not in SHAPES:
-        raise SystemExit(f"grpo.py: unknown shape {args.shape!r}; choose one of {', '.join(SHAPES)}")
+        print(f"grpo.py: unknown shape {args.shape!r}; choose one of {', '.join(SHAPES)}", file=sys.stderr)
+        raise SystemExit(2)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     torch.manual_seed(args.seed)

@@ -3,6 +3,10 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -209,6 +213,151 @@ def test_token_logprobs_of_a_mask_are_the_same_numbers_and_gradients(tiny):
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
 
 
+def gradient_of(model, values):
+    model.zero_grad()
+    values.sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_computed_again_give_the_plain_gradient_and_entropy(tiny, dtype, monkeypatch):
+    """Three tokens a chunk, layers computed again too, against all logits at once."""
+    model = copy.deepcopy(tiny[0])
+    model.compute_dtype = dtype
+    ids = torch.randint(3, 300, (2, 17), generator=torch.Generator().manual_seed(1))
+    attention = torch.ones_like(ids)
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.6
+    mask[:, 0] = False
+    with grpo.autocast(model):
+        logits = model(input_ids=ids, attention_mask=attention).logits
+    distribution = (logits[:, :-1].float() / 0.7).log_softmax(-1)
+    plain = distribution.gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]
+    entropy = torch.distributions.Categorical(logits=distribution.detach()).entropy() * mask[:, 1:]
+    expected = gradient_of(model, plain)
+    monkeypatch.setattr(grpo, "CHUNK", 3 * model.config.vocab_size)
+    again, _ = grpo.load_policy("tiny", "float32", "cpu", gradient_checkpointing=True)
+    again.load_state_dict(model.state_dict())
+    again.compute_dtype = dtype
+    model = again
+    found, found_entropy = token_logprobs(model, ids, attention, 0.7, mask, return_entropy=True)
+    near = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
+    torch.testing.assert_close(found[:, 1:], plain, **near)
+    torch.testing.assert_close(found_entropy[:, 1:], entropy, **near)
+    assert found_entropy.requires_grad is False
+    gradient = gradient_of(model, found)
+    assert (gradient - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 0.02)
+    assert not model(input_ids=ids).logits.isnan().any()
+
+
+def test_chunks_need_a_fraction_of_the_memory_of_all_logits(monkeypatch):
+    """A vocabulary as large as Qwen's over a small model: the logits are nearly all that is in memory. A quarter of
+    the tokens and of the chunk that `python grpo.py --update_tokens 4096` has."""
+    monkeypatch.setattr(grpo, "CHUNK", grpo.CHUNK // 4)
+    config = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = grpo.Qwen2Config(vocab_size=151_936, num_key_value_heads=1, **config)
+    model = grpo.AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, 151_936, (1, 1024), generator=torch.Generator().manual_seed(0))
+    attention = torch.ones_like(ids)
+    used, norms = [], []
+    for way in ("chunks", "all"):
+        with grpo.peak_memory(model.device) as peak:
+            if way == "chunks":
+                logprobs = token_logprobs(model, ids, attention)
+            else:
+                logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1].float()
+                logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+                del logits
+            norms.append(gradient_of(model, logprobs).norm().item())
+            del logprobs
+        used.append(peak[0])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert used[0] < 0.25 * used[1] or used[1] == 0, used  # 0: this system does not tell
+
+
+# ------------------------------------------------------------------------ the weights: LoRA, snapshots, copies
+
+
+def test_weights_of_a_snapshot_are_exchanged_and_come_back_whatever_happens(tiny):
+    model = copy.deepcopy(tiny[0])
+    ids = torch.tensor([[3, 4, 5, 6]])
+    then = grpo.snapshot(model)
+    before = token_logprobs(model, ids, torch.ones_like(ids)).detach()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    now = grpo.snapshot(model)
+    with pytest.raises(KeyError), grpo.weights_of(model, then):
+        assert torch.equal(token_logprobs(model, ids, torch.ones_like(ids)).detach(), before)
+        raise KeyError
+    for p, saved in zip(model.parameters(), now, strict=True):
+        assert torch.equal(p, saved)
+    tensors = grpo.snapshot_tensors(model, then)
+    for a, b in zip(grpo.snapshot_from(model, tensors), then, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_lora_trains_adapters_only_and_the_model_without_them_is_the_reference(tiny, tmp_path):
+    grpo.save_policy(*tiny, tmp_path / "base")
+    model, tokenizer = grpo.load_policy(str(tmp_path / "base"), "float32", "cpu", lora_rank=4)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    attention = torch.ones_like(ids)
+    base = token_logprobs(tiny[0], ids, attention).detach()
+    torch.testing.assert_close(token_logprobs(model, ids, attention).detach(), base)  # adapters begin at zero
+    trained = grpo.trained_parameters(model)
+    assert trained and all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+    assert not any("embed" in name or "lm_head" in name for name in trained)
+    frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (-token_logprobs(model, ids, attention).sum()).backward()
+        optimizer.step()
+    moved = token_logprobs(model, ids, attention).detach()
+    assert moved.sum() > base.sum() + 0.1
+    for p, old in zip((p for p in model.parameters() if not p.requires_grad), frozen, strict=True):
+        assert torch.equal(p, old)
+    with grpo.weights_of(model, None):
+        torch.testing.assert_close(token_logprobs(model, ids, attention).detach(), base)
+    assert all(p.requires_grad for p in trained.values())
+    grpo.save_policy(model, tokenizer, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    for rank in (4, 0):  # to train on, or to evaluate
+        again, _ = grpo.load_policy(str(tmp_path / "adapter"), "float32", "cpu", lora_rank=rank)
+        torch.testing.assert_close(token_logprobs(again, ids, attention).detach(), moved)
+    with pytest.raises(ValueError, match="rank 4"):
+        grpo.load_policy(str(tmp_path / "adapter"), "float32", "cpu", lora_rank=8)
+
+
+def test_bfloat16_computes_on_float32_masters_and_lora_keeps_the_frozen_weights_small(tiny, tmp_path):
+    model, _ = grpo.load_policy("tiny", "bfloat16", "cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    grpo.save_policy(*tiny, tmp_path)
+    model, _ = grpo.load_policy(str(tmp_path), "bfloat16", "cpu", lora_rank=2)
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_attention_can_be_chosen(tiny):
+    model, _ = grpo.load_policy("tiny", "float32", "cpu", attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+    ids = torch.tensor([[3, 4, 5, 6]])
+    found, expected = (token_logprobs(m, ids, torch.ones_like(ids)) for m in (model, tiny[0]))
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="cannot load"):
+        grpo.load_policy("tiny", "float32", "cpu", attn_implementation="none_such")
+
+
+def test_micro_batches_hold_every_sequence_once_and_no_more_tokens_than_allowed():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = rng.integers(1, 60, rng.integers(0, 30)).tolist()
+        parts = grpo.micro_batches(lengths, 100)
+        assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+        for part in parts:
+            assert len(part) == 1 or len(part) * max(lengths[i] for i in part) <= 100
+    assert grpo.micro_batches([500, 3, 3], 100) == [[1, 2], [0]]
+
+
 # ----------------------------------------------------------------------------------------------- rollouts
 
 
@@ -234,11 +383,13 @@ class Chatter(CodeEpisode):
         return [{"role": "tool", "content": "result " * self.task.id}, {"role": "tool", "content": "second"}]
 
 
+@pytest.mark.parametrize("engine", ["padded", "paged"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_rollout_logprobs_are_those_of_a_full_forward_pass(tiny, temperature):
+def test_rollout_logprobs_are_those_of_a_full_forward_pass(tiny, temperature, engine):
     model, _ = tiny
     episodes = [Chatter(n, turns) for n, turns in ((0, 1), (3, 3), (1, 2), (9, 4), (0, 1), (2, 3))]
-    trajectories = play(tiny, episodes, temperature=temperature)
+    trajectories = play(tiny, episodes, temperature=temperature, engine=engine)
+    assert [len(e.heard) for e in episodes] == [1, 3, 2, 4, 1, 3]
     for t in trajectories:
         ids = torch.tensor([t.token_ids])
         full = token_logprobs(model, ids, torch.ones_like(ids), temperature)[0]
@@ -252,11 +403,77 @@ def test_rollout_logprobs_are_those_of_a_full_forward_pass(tiny, temperature):
     assert (first["ratio_min"], first["ratio_max"]) == (1.0, 1.0)
 
 
-def test_rollouts_in_bfloat16_report_what_the_loss_computes(tiny):
+def test_the_most_likely_tokens_are_the_same_whichever_way_they_are_decoded(tiny):
+    eager, _ = grpo.load_policy("tiny", "float32", "cpu", attn_implementation="eager")
+    played = []
+    for model, engine in ((tiny[0], "padded"), (tiny[0], "paged"), (eager, "padded")):
+        episodes = [Chatter(n % 4, 3) for n in range(8)]
+        trajectories = play((model, tiny[1]), episodes, temperature=0, engine=engine, max_new_tokens=9)
+        played.append([t.token_ids for t in trajectories])
+        for t in trajectories:
+            assert t.turns == [-1 if not m else k for m, k in zip(t.action_mask, t.turns, strict=True)]
+    assert played[0] == played[1] == played[2]
+
+
+class Lecture(Chatter):
+    def opening(self):
+        shared = " ".join(str(n * n) for n in range(400))
+        return [{"role": "user", "content": f"{shared} {self.task.id}"}]
+
+
+@pytest.mark.parametrize("engine", ["padded", "paged"])
+def test_a_conversations_tokens_are_computed_once(tiny, engine):
+    """Fed to the model in all passes, against different beginnings: what several conversations share counts once."""
+    model, _ = tiny
+    fed = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda module, inputs, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    count = 1 if engine == "padded" else 3  # padded rollouts share between samples of one task only
+    trajectories = play(tiny, [Lecture(n % count, 3) for n in range(6)], engine=engine, max_new_tokens=20)
+    hook.remove()
+    distinct = {tuple(t.token_ids[:end]) for t in trajectories for end in range(1, len(t.token_ids) + 1)}
+    assert min(len(t.token_ids) for t in trajectories) > 1000
+    assert sum(fed) / len(distinct) <= 1.15 if engine == "paged" else 1.1
+
+
+@pytest.mark.parametrize("engine", ["padded", "paged"])
+def test_nothing_cached_survives_an_optimiser_step(tiny, engine):
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    play((model, tokenizer), [Chatter(2, 2)], engine=engine)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.3)
+    (t,) = play((model, tokenizer), [Chatter(2, 2)], engine=engine)
+    ids, mask = torch.tensor([t.token_ids]), torch.tensor(t.action_mask)
+    full = token_logprobs(model, ids, torch.ones_like(ids))[0]
+    torch.testing.assert_close(torch.tensor(t.logprobs)[mask], full[mask], atol=1e-4, rtol=0)
+
+
+def test_rollouts_leave_the_global_random_state_alone(tiny):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    for engine in ("padded", "paged"):
+        torch.manual_seed(5)
+        play(tiny, [Chatter(1, 1)], engine=engine)
+        assert torch.equal(torch.rand(3), expected)
+
+
+def test_padded_rollouts_of_an_attention_that_takes_no_mask_are_refused(tiny):
+    model = copy.deepcopy(tiny[0])
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        play((model, tiny[1]), [Chatter(1)])
+    with pytest.raises(ValueError, match="unknown engine"):
+        play(tiny, [Chatter(1)], engine="fast")
+
+
+@pytest.mark.parametrize("engine", ["padded", "paged"])
+def test_rollouts_in_bfloat16_report_what_the_loss_computes(tiny, engine):
     model, tokenizer = tiny
     low = copy.deepcopy(model)
     low.compute_dtype = torch.bfloat16
-    for t in play((low, tokenizer), [Chatter(3, 3), Chatter(1, 2)]):
+    for t in play((low, tokenizer), [Chatter(3, 3), Chatter(1, 2)], engine=engine):
         ids, mask = torch.tensor([t.token_ids]), torch.tensor(t.action_mask)
         full = token_logprobs(low, ids, torch.ones_like(ids))[0]
         torch.testing.assert_close(torch.tensor(t.logprobs)[mask], full[mask].float(), atol=0.05, rtol=0)
@@ -295,12 +512,13 @@ def test_what_is_appended_is_the_template_around_the_sampled_ids(tiny):
     assert len(t.token_ids) == len(t.action_mask) == len(t.logprobs) == len(t.turns)
 
 
-def test_an_error_of_the_environment_spoils_one_trajectory_only(tiny):
+@pytest.mark.parametrize("engine", ["padded", "paged"])
+def test_an_error_of_the_environment_spoils_one_trajectory_only(tiny, engine):
     class Broken(Chatter):
         def act(self, message):
             raise RuntimeError("database gone")
 
-    trajectories = play(tiny, [Chatter(1), Broken(2), Chatter(3)])
+    trajectories = play(tiny, [Chatter(1), Broken(2), Chatter(3)], engine=engine)
     assert [t.valid for t in trajectories] == [True, False, True]
     assert trajectories[1].error == "RuntimeError: database gone"
     assert [t.task_id for t in trajectories] == ["1", "2", "3"]
@@ -404,6 +622,166 @@ def test_tiny_is_deterministic_and_loads_again_as_a_hugging_face_model(tiny, tmp
     assert tokenizer_again.chat_template == tokenizer.chat_template
 
 
+# ----------------------------------------------------------------------------------------- chat templates
+
+# Small templates that behave as those of the models do: what stands around a turn, how calls are written, and what is
+# changed later in what was said before.
+CALLS = """{%- for c in m.tool_calls or [] %}{{ '\n<tool_call>\n{"name": "' + c.function.name + '", "arguments": ' }}
+{{- c.function.arguments | tojson }}{{- '}\n</tool_call>' }}{% endfor %}"""
+CHATML_TOOL = """{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
+{{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"""
+CHATML_TOOLS = """{%- if tools %}{{ '<|im_start|>system\n' }}{%- if messages[0].role == 'system' %}
+{{- messages[0].content + '\n' }}{% endif %}{{ 'Tools: ' + (tools | tojson) + '<|im_end|>\n' }}
+{%- elif messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- else %}{{ DEFAULT }}{% endif %}"""
+CHATML_END = """{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+def chatml(assistant, default="''"):
+    return (
+        CHATML_TOOLS.replace("DEFAULT", default)
+        + "{%- for m in messages %}{%- if m.role == 'tool' %}"
+        + CHATML_TOOL
+        + "{%- elif m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"
+        + "{%- elif m.role == 'assistant' %}"
+        + assistant
+        + "{%- endif %}{%- endfor %}"
+        + CHATML_END
+    )
+
+
+PLAIN = "{{ '<|im_start|>assistant\n' + (m.content or '') }}" + CALLS + "{{ '<|im_end|>\n' }}"
+# Qwen3: thoughts stay only in turns behind the last message of the user, and the last turn gets an empty one.
+THINKING = (
+    "{%- set ns = namespace(last=0) %}{%- for x in messages %}{%- if x.role == 'user' %}"
+    "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- set text = (m.content or '').split('</think>')[-1].lstrip('\n') %}"
+    "{%- set thought = '' %}{%- if '</think>' in (m.content or '') %}"
+    "{%- set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') %}{%- endif %}"
+    "{{ '<|im_start|>assistant\n' }}{%- if loop.index0 > ns.last and (loop.last or thought) %}"
+    "{{ '<think>\n' + thought + '\n</think>\n\n' }}{%- endif %}{{ text }}" + CALLS + "{{ '<|im_end|>\n' }}"
+)
+LLAMA = """{{ '<|begin_of_text|>' }}{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}
+{%- set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}{%- if tools %}{{ 'Environment: ipython\n' }}{% endif %}
+{{- 'Today Date: 26 Jul 2024\n\n' + system + '<|eot_id|>' }}
+{%- if tools %}{% set first = messages[0].content %}{% set messages = messages[1:] %}
+{{- '<|start_header_id|>user<|end_header_id|>\n\nFunctions: ' + (tools | tojson) + '\n\n' + first + '<|eot_id|>' }}
+{%- endif %}{%- for m in messages %}{%- if m.tool_calls %}
+{%- if m.tool_calls | length != 1 %}{{ raise_exception('This model only supports single tool-calls at once!') }}
+{%- endif %}{%- set f = m.tool_calls[0].function %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{{- '{"name": "' + f.name + '", "parameters": ' + (f.arguments | tojson) + '}<|eot_id|>' }}
+{%- elif m.role == 'tool' %}
+{{- '<|start_header_id|>ipython<|end_header_id|>\n\n' + (m.content | tojson) + '<|eot_id|>' }}
+{%- else %}
+{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + (m.content | trim) + '<|eot_id|>' }}{%- endif %}
+{%- endfor %}{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+LLAMA_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"]
+DEFAULT_SYSTEM = "'<|im_start|>system\nYou are Qwen.<|im_end|>\n'"
+TEMPLATES = {
+    "Qwen2.5": chatml(PLAIN, DEFAULT_SYSTEM),
+    "Qwen3": chatml(THINKING),
+    "Qwen3-2507": chatml(PLAIN),
+    "Hermes": chatml(PLAIN).replace("'<|im_start|>user' }}{% endif %}", "'<|im_start|>tool' }}{% endif %}"),
+    "Llama-3.1": LLAMA,
+}
+
+
+def with_template(tokenizer, template):
+    other = copy.deepcopy(tokenizer)
+    other.__dict__.pop("_chat_format", None)
+    other.chat_template = template
+    if "begin_of_text" in template:
+        other.add_special_tokens({"additional_special_tokens": LLAMA_TOKENS})
+    return other
+
+
+def call(name, **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+CONVERSATION = [  # (what the agent says, what answers it)
+    ({"content": "Hi! Who are you?"}, [{"role": "user", "content": " Mia Li, id mia_3 "}]),
+    ({"tool_calls": [call("find", id="mia_3", n=[1, 2.5])]}, [{"role": "tool", "content": '{"name": "Mia \\u00fc"}'}]),
+    ({"tool_calls": [call("cancel", why='so "it" goes')]}, [{"role": "tool", "content": "Error: no 10€"}]),
+    ({"content": "I cannot."}, [{"role": "user", "content": "ok\n"}]),
+]
+SCHEMA = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_turns_appended_one_by_one_are_the_whole_conversation(name, tiny):
+    """Ids against the rendering of everything at the end; Qwen3, which takes thoughts out of it, against the text."""
+    tokenizer = with_template(tiny[1], TEMPLATES[name])
+    chat = ChatFormat.of(tokenizer)
+    opening = [{"role": "user", "content": "Hello,  I need help."}]
+    ids = chat.opening("Be kind.", opening, [SCHEMA])
+    messages = [{"role": "system", "content": "Be kind."}, *opening]
+    for turn, answer in CONVERSATION:
+        said = chat.turn(turn)
+        parsed = chat.parse(tokenizer.decode(said[:-1]))
+        assert [c["function"] for c in parsed["tool_calls"]] == [c["function"] for c in turn.get("tool_calls", [])]
+        assert parsed["content"] == turn.get("content", "")
+        ids += said + chat.answer(answer)
+        messages += [{"role": "assistant", "content": "", **turn}, *answer]
+    rendered = tokenizer.apply_chat_template(messages, tools=[SCHEMA], tokenize=False, add_generation_prompt=True)
+    if name == "Qwen3":  # each turn began with an empty thought when it was sampled
+        assert tokenizer.decode(ids).replace("<think>\n\n</think>\n\n", "") == rendered
+        assert tokenizer.decode(ids).count("<think>") == len(CONVERSATION)
+    else:
+        assert ids == tokenizer(rendered, add_special_tokens=False).input_ids
+
+
+def test_thoughts_that_a_template_would_drop_stay_as_they_were_sampled(tiny):
+    tokenizer = with_template(tiny[1], TEMPLATES["Qwen3"])
+    chat = ChatFormat.of(tokenizer)
+    episode = Chatter(1, turns=3)
+    (t,) = play((tiny[0], tokenizer), [episode], max_new_tokens=9)
+    text = tokenizer.decode(t.token_ids)
+    for turn in range(3):
+        sampled = [i for i, k in zip(t.token_ids, t.turns, strict=True) if k == turn]
+        assert tokenizer.decode(sampled) in text
+    assert chat.parse("<think>\nhm\n</think>\n\nYes.")["content"] == "Yes."
+
+
+REFUSED = {
+    # Mistral puts the tools before the last message of the user; some number or abridge the turns; some know no tools.
+    "or on the tools": chatml(PLAIN).replace(
+        "{%- elif m.role == 'user' %}", "{%- elif m.role == 'user' %}{%- if loop.last and tools %}[TOOLS]{% endif %}"
+    ),
+    "depends on the turns before": chatml(PLAIN).replace("<tool_response>", "<tool_response> ' ~ loop.index ~ '"),
+    "cannot render the roles": LLAMA.replace(
+        "{%- elif m.role == 'tool' %}", "{%- elif m.role == 'tool' %}{{ raise_exception('no tools') }}"
+    ),
+    "special token": chatml(PLAIN).replace("<|im_end|>", "[/INST]"),
+    "not supported": chatml(PLAIN).replace('"arguments": ', '"args": '),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_templates_that_cannot_be_followed_are_refused_at_the_start(reason, tiny):
+    with pytest.raises(ValueError, match=reason):
+        ChatFormat.of(with_template(tiny[1], REFUSED[reason]))
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ('{"name": "f", "parameters": {"a": 1}}', ("f", {"a": 1})),
+        ('<|python_tag|>{"name": "f", "parameters": {}}', ("f", {})),
+        ('{"name": "f", "parameters": {"a": }}', (None, '{"name": "f", "parameters": {"a": }}')),
+        ("A plain answer with {braces}.", None),
+    ],
+)
+def test_bare_calls_as_llama_writes_them(text, found):
+    message = parse_message(text, bare_calls=True)
+    calls = [(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]]
+    assert calls == ([found] if found else [])
+    assert message["content"] == ("" if found else text)
+    assert parse_message(text)["tool_calls"] == []
+
+
 @pytest.mark.parametrize("name, message", [("/no/such/directory", "cannot load"), ("tiny-dtype", "dtype")])
 def test_bad_models_are_named(name, message):
     with pytest.raises(ValueError, match=message):
@@ -420,3 +798,24 @@ def test_all_gather_json_alone_is_a_copy():
 def test_seeded_generators_differ_by_every_seed():
     seeds = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 1)]
     assert len({grpo.seeded_generator("cpu", *s).initial_seed() for s in seeds}) == len(seeds)
+
+
+def test_the_benchmark_compares_the_ways():
+    small = "--shape tiny --repeats 1 --prompt_tokens 64 --turns 2 --new_tokens 4 --tool_tokens 8 --update_tokens 64"
+    root = Path(grpo.__file__).parent
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "grpo.py", *small.split()]
+    shown = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stderr == "", shown.stderr
+    rows = [line.split(" | ") for line in shown.stdout.splitlines() if line.startswith("| ")]
+    names = [row[0].removeprefix("| ") for row in rows]
+    assert names == ["rollouts", "generate", "padded", "paged", "update", "all logits", "token_logprobs"]
+    norms = [float(row[-1].removesuffix(" |")) for row in rows[-2:]]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] > 0
+
+
+def test_the_benchmark_names_a_shape_it_does_not_know(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--shape", "13b"])
+    with pytest.raises(SystemExit) as stop:
+        grpo.main()
+    assert stop.value.code == 2 and "13b" in capsys.readouterr().err
