@@ -994,6 +994,7 @@ def token_logprobs(model, ids_B_T, attention_mask_B_T, temperature=1.0, mask_B_T
     )  # transformers does it in this mode
     with autocast(model):
         logprobs, entropy = score(ids_B_T, attention_mask_B_T, temperature, mask_B_T, return_entropy)
+    model.eval()
     return (logprobs, entropy) if return_entropy else logprobs
 
 

@@ -33,6 +33,7 @@ import torch.distributed as dist
 import transformers
 import tyro
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import eval as evaluation
@@ -462,7 +463,8 @@ def update(trainer: Trainer, kept) -> dict:
             extremes["ratio_max"] = max(extremes["ratio_max"], stats["ratio_max"])
         extra = trainer.algorithm.extra_loss(trainer)
         if extra is not None:
-            (extra / grpo.world_size()).backward()
+            # Every rank's is the same and they are summed; that of sharded weights themselves is one for all.
+            (extra if isinstance(extra, DTensor) else extra / grpo.world_size()).backward()
         ranks = grpo.all_gather_json({**sums, **extremes})
         total = {name: sum(r[name] for r in ranks) for name in sums}
         total["ratio_min"] = min(r["ratio_min"] for r in ranks)
@@ -558,6 +560,7 @@ def warmup_step(trainer: Trainer) -> float:
         loss.backward()
         total += loss.item()
     total = sum_over_ranks(trainer, total)[0]
+    set_rate(trainer, args.warmup_learning_rate)
     norm = optimizer_step(trainer, total)
     if trainer.state["skipped_in_a_row"] >= MAX_SKIPPED:
         stop_with_batch(trainer, [(t, 1.0) for t in mine], norm)
@@ -634,11 +637,10 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
-def start_stage(trainer: Trainer, stage, learning_rate):
+def start_stage(trainer: Trainer, stage):
     """One AdamW serves the whole run: its second moments carry over from stage to stage (anew, the first steps would
     move every weight by the full rate, whatever its gradient), its momentum, of another loss, does not."""
     trainer.state.update(stage=stage, step=0)
-    set_rate(trainer, learning_rate)
     for moments in trainer.optimizer.state.values():
         moments["exp_avg"].zero_()
 
@@ -851,10 +853,9 @@ def set_up(args: Args, device="cpu") -> Trainer:
             raise ValueError(f"cannot resume {run}: there is no {run / 'config.json'}")
         if (run / "report.md").exists():
             raise ValueError(f"cannot resume {run}: it is finished; see {run / 'report.md'}")
-        if not checkpoints(run):
-            raise ValueError(f"cannot resume {run}: it has no checkpoint")
-        folder = checkpoints(run)[-1]
-        saved = read_checkpoint(folder)
+        if checkpoints(run):  # a run killed before its first one begins again
+            folder = checkpoints(run)[-1]
+            saved = read_checkpoint(folder)
         known = {f.name for f in dataclasses.fields(Args)}
         config = json.loads((run / "config.json").read_text())
         args = Args(**{**{k: v for k, v in config.items() if k in known}, "resume": args.resume})
@@ -889,29 +890,15 @@ def set_up(args: Args, device="cpu") -> Trainer:
     model, tokenizer = load(folder or args.model_name_or_path, 0 if embedded_lora else args.lora_rank)
     if keep_initial and folder is None:
         initial = grpo.snapshot(model)
-    if folder is None:
-        algorithm_name = args.cl_algorithm.rpartition(":")[2]
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        name = grpo.all_gather_json(args.run_name or f"{algorithm_name}_seed{args.seed}_{stamp}")[0]
-        run = Path(args.runs_dir) / name
-        if any(grpo.all_gather_json(run.exists())):
-            raise ValueError(
-                f"run directory {run} exists; choose another --run_name, or continue it with --resume {run}"
-            )
-        weights = grpo.gathered_weights(model) if embedded_lora else None
+    if not args.resume:
+        run = new_run(args, train_tasks, eval_tasks)
+    if embedded_lora:  # an adapter's directory names its base, which must be one too
+        weights = grpo.gathered_weights(model)
         if grpo.rank() == 0:
-            (run / "checkpoints").mkdir(parents=True)
-            tasks = {d: [task.id for task in tasks] for d, tasks in train_tasks.items()}
-            config = {**dataclasses.asdict(args), "run_name": name, "train_tasks": tasks}
-            write_json(
-                run / "config.json", {**config, "eval_tasks": {d: [t.id for t in v] for d, v in eval_tasks.items()}}
-            )
-            if embedded_lora:  # an adapter's directory names its base, which must be one too
-                grpo.save_policy(model, tokenizer, run / "base", weights)
+            grpo.save_policy(model, tokenizer, run / "base", weights)
         if grpo.world_size() > 1:
             dist.barrier()
-        if embedded_lora:
-            model, tokenizer = load((run / "base").resolve())
+        model, tokenizer = load((run / "base").resolve())
     trainer = Trainer(args, run, model, tokenizer, algorithm, train_tasks, eval_tasks, initial=initial)
     parameters = grpo.trained_parameters(model).values()
     trainer.optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
@@ -923,7 +910,29 @@ def set_up(args: Args, device="cpu") -> Trainer:
         if trainer.state["ranks"] != grpo.world_size():
             say(f"resuming with {grpo.world_size()} ranks a run of {trainer.state['ranks']}: batches change their size")
             trainer.state["ranks"] = grpo.world_size()
+    elif grpo.rank() == 0:
+        for path in run.glob("*.jsonl"):
+            path.unlink()
     return trainer
+
+
+def new_run(args: Args, train_tasks, eval_tasks) -> Path:
+    """Makes the run's directory with its settings. ValueError where there is one of that name."""
+    algorithm_name = args.cl_algorithm.rpartition(":")[2]
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = grpo.all_gather_json(args.run_name or f"{algorithm_name}_seed{args.seed}_{stamp}")[0]
+    run = Path(args.runs_dir) / name
+    if any(grpo.all_gather_json(run.exists())):
+        raise ValueError(f"run directory {run} exists; choose another --run_name, or continue it with --resume {run}")
+    if grpo.rank() == 0:
+        (run / "checkpoints").mkdir(parents=True)
+        config = {**dataclasses.asdict(args), "run_name": name}
+        for kind, tasks in (("train_tasks", train_tasks), ("eval_tasks", eval_tasks)):
+            config[kind] = {domain: [task.id for task in tasks[domain]] for domain in tasks}
+        write_json(run / "config.json", config)
+    if grpo.world_size() > 1:
+        dist.barrier()
+    return run
 
 
 def run_stages(trainer: Trainer, signals: Signals):
@@ -932,7 +941,7 @@ def run_stages(trainer: Trainer, signals: Signals):
     if state["stage"] == "baseline":
         save_checkpoint(trainer)
         state["baseline"] = evaluate(trainer, "baseline", args.task_order)
-        start_stage(trainer, "warmup", args.warmup_learning_rate)
+        start_stage(trainer, "warmup")
         save_checkpoint(trainer)
 
     while state["domain_index"] < len(args.task_order):
@@ -955,7 +964,7 @@ def run_stages(trainer: Trainer, signals: Signals):
                 state["warm_start"].update(evaluate(trainer, "warmup", [domain]))
             if args.kl_coef > 0 and args.kl_reference == "domain":
                 trainer.reference = grpo.snapshot(trainer.model)
-            start_stage(trainer, "grpo", args.learning_rate)
+            start_stage(trainer, "grpo")
             save_checkpoint(trainer)
 
         if state["stage"] == "grpo":
@@ -983,7 +992,7 @@ def run_stages(trainer: Trainer, signals: Signals):
         trainer.algorithm.post_task_hook(trainer, domain)
         trainer.reference = None
         state["domain_index"] += 1
-        start_stage(trainer, "warmup", args.warmup_learning_rate)
+        start_stage(trainer, "warmup")
         save_checkpoint(trainer)
 
 

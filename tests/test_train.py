@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
+import math
 import os
+import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
+from safetensors.torch import load_file
 
 import eval as evaluation
 import grpo
@@ -37,7 +42,8 @@ def small_args(tmp_path, *flags) -> Args:
 
 def run_script(script, *flags, launcher=(), **kwargs):
     command = [*(launcher or [sys.executable]), script, *flags]
-    return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300, **kwargs)
+    kwargs = {"env": ENV, "timeout": 300, **kwargs}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **kwargs)
 
 
 def fail(monkeypatch, capsys, *flags) -> str:
@@ -103,6 +109,13 @@ def test_a_run_prints_our_lines_only(finished):
     assert left == []
 
 
+STEP_METRICS = """
+    loss reward reward_std reward_max zero_variance_groups kl kl_initial entropy clip_share ratio_min ratio_max
+    ratio_first_step grad_norm action_tokens turns truncated invalid tool_error_share rollout_seconds score_seconds
+    update_seconds tokens_per_second learning_rate skipped_in_a_row
+"""
+
+
 def test_every_trajectory_and_step_is_recorded(finished):
     run, _ = finished
     everything = evaluation.read_jsonl(run / "trajectories.jsonl")
@@ -118,7 +131,10 @@ def test_every_trajectory_and_step_is_recorded(finished):
     for t in trajectories:
         assert t["messages"] and t["termination"] and t["time"]
     for step in steps:
+        assert abs(step["ratio_first_step"] - 1) < 1e-4
         assert abs(step["ratio_min"] - 1) < 1e-4 and abs(step["ratio_max"] - 1) < 1e-4
+        assert set(STEP_METRICS.split()) <= set(step)
+        assert 0 <= step["tool_error_share"] <= 1 and step["tokens_per_second"] > 0
 
 
 def test_a_checkpoint_is_a_model_that_eval_loads(finished, monkeypatch, capsys):
@@ -141,9 +157,8 @@ def test_a_checkpoint_is_a_model_that_eval_loads(finished, monkeypatch, capsys):
 
 
 def test_two_ranks_run_the_same_code(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = [*SMALL, "--cl_algorithm", "replay", "--runs_dir", str(tmp_path), "--run_name", "two"]
-    shown = run_script("train.py", *flags, launcher=launcher)
+    shown = run_script("train.py", *flags, launcher=TWO_RANKS)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("writing ") == 1 and "Traceback" not in shown.stderr
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
@@ -167,7 +182,8 @@ def law_trainer(loss_type, micro_batch_tokens=10_000, **changes):
     """A trainer with a fixed policy and reference, and the trajectories of four groups."""
     model, tokenizer = grpo.load_policy("tiny", "float32", "cpu")
     args = dataclasses.replace(Args(), loss_type=loss_type, micro_batch_tokens=micro_batch_tokens, temperature=1.0)
-    args = dataclasses.replace(args, gamma=0.9, max_context=64, max_grad_norm=1e9, kl_reference="domain", **changes)
+    args = dataclasses.replace(args, gamma=0.9, max_context=64, max_grad_norm=1e9, kl_reference="domain")
+    args = dataclasses.replace(args, **changes)
     trainer = train.Trainer(args, Path(), model, tokenizer, replay.SequentialCL(), {}, {})
     with torch.no_grad():
         trainer.initial = [p.clone() for p in model.parameters()]
@@ -209,6 +225,20 @@ def law_weights(trainer):
     return torch.cat([grpo.whole(p.detach()).flatten().clone() for p in parameters])
 
 
+class Penalty(replay.SequentialCL):
+    def extra_loss(self, trainer):
+        return sum(p.square().sum() for p in grpo.trained_parameters(trainer.model).values())
+
+
+def penalty_step(shard=False):
+    """The gradient of an algorithm's penalty on the weights alone."""
+    trainer, _ = law_trainer("dapo", shard=shard)
+    trainer.algorithm = Penalty()
+    before = law_weights(trainer)
+    train.update(trainer, [])
+    return before - law_weights(trainer)
+
+
 def apart(a, b):
     return ((a - b).norm() / b.norm()).item()
 
@@ -237,11 +267,19 @@ def law_rank(rank, path):
         gradient, stats = law_step(loss_type, order, micro_batch_tokens=40, shard=shard)
         torch.save(gradient, f"{path}.{case}.{rank}")
         Path(f"{path}.{case}.{rank}.json").write_text(json.dumps(stats))
+    for shard in (False, True):
+        torch.save(penalty_step(shard), f"{path}.penalty.{rank}.{shard}")
+    trainer, trajectories = law_trainer("dapo")
+    before = law_weights(trainer)
+    pairs = [(t, math.nan if rank == 1 else 1.0) for t in trajectories[:3]]  # on one rank only
+    train.update(trainer, pairs)
+    assert trainer.state["skipped_in_a_row"] == 1 and torch.equal(before, law_weights(trainer))
     torch.distributed.destroy_process_group()
 
 
 def test_the_gradient_does_not_depend_on_ranks_or_shards(tmp_path):
-    """Uneven counts, an environment error on one rank, a rank with nothing valid; FSDP2 against whole weights."""
+    """Uneven counts, an environment error on one rank, a rank with nothing valid; FSDP2 against whole weights. And what
+    is not finite on one rank is skipped on both."""
     torch.multiprocessing.spawn(law_rank, [str(tmp_path / "law")], nprocs=2)
     for case, (loss_type, order, shard) in enumerate(LAW_CASES):
         paths = [tmp_path / f"law.{case}.{rank}" for rank in (0, 1)]
@@ -253,6 +291,66 @@ def test_the_gradient_does_not_depend_on_ranks_or_shards(tmp_path):
         for path in paths:
             found = json.loads(Path(f"{path}.json").read_text())
             assert {n: found[n] for n in names} == pytest.approx({n: stats[n] for n in names}, rel=1e-4, abs=1e-6)
+    for path in tmp_path.glob("law.penalty.*"):
+        assert apart(torch.load(path, weights_only=True), penalty_step()) < 1e-5, path
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_five_in_a_row_stop_the_run(tmp_path):
+    trainer, trajectories = law_trainer("dapo", kl_coef=0.0)
+    trainer.run = tmp_path
+    before = law_weights(trainer)
+    spoilt = [(t, math.inf if i else 1.0) for i, t in enumerate(trajectories[:3])]
+    fine = [(t, 1.0) for t in trajectories[:3]]
+    for count in range(1, 5):
+        assert train.update(trainer, spoilt)["skipped_in_a_row"] == count
+    assert torch.equal(before, law_weights(trainer))
+    assert train.update(trainer, fine)["skipped_in_a_row"] == 0
+    before = law_weights(trainer)
+    with pytest.raises(train.StopRun, match=r"5 updates in a row.*not_finite_rank0.json"):
+        for _ in range(5):
+            train.update(trainer, spoilt)
+    assert torch.equal(before, law_weights(trainer))
+    saved = json.loads((tmp_path / "not_finite_rank0.json").read_text())
+    assert [t["token_ids"] for t in saved["trajectories"]] == [t.token_ids for t in trajectories[:3]]
+    assert saved["trajectories"][1]["advantage"] == math.inf
+
+
+def test_later_updates_on_the_same_rollouts_keep_the_behaviour_policy_as_denominator():
+    trainer, trajectories = law_trainer("dapo", kl_coef=0.0, num_iterations=3, max_grad_norm=0.1)
+    exact = []
+    for t in trajectories[:4]:
+        ids = torch.tensor([t.token_ids])
+        logprobs = grpo.token_logprobs(trainer.model, ids, torch.ones_like(ids))[0].tolist()
+        t.logprobs = [x if m else 0.0 for x, m in zip(logprobs, t.action_mask, strict=True)]
+        exact.append((t, 1.0))
+    stats = train.update(trainer, exact)
+    assert stats["ratio_first_step"] == pytest.approx(1, abs=1e-4)
+    assert abs(stats["ratio_max"] - 1) > 1e-3
+    manual, _ = law_trainer("dapo", kl_coef=0.0, max_grad_norm=0.1)
+    for _ in range(3):
+        train.update(manual, exact)
+    assert torch.equal(law_weights(trainer), law_weights(manual))
+
+
+def test_truncated_conversations_can_be_left_out_of_the_loss():
+    trainer, trajectories = law_trainer("dapo", mask_truncated=True)
+    trajectories[0].truncated_turns = 1
+    trajectories[1].termination = "max_steps"
+    kept = train.with_advantages(trainer, trajectories[:3], [train.Group(None, False, [1.0, 0.0, 0.5])])
+    assert [t.task_id for t, _ in kept] == ["5"] and kept[0][1] == 0.0  # in the baseline they stay
+
+
+def test_learning_rate_schedules():
+    args = Args(num_steps_per_task=10, learning_rate=2.0, lr_warmup_steps=4)
+    for name, expected in (
+        ("constant", lambda step: 2.0),
+        ("linear", lambda step: 2.0 * (10 - step) / 10),
+        ("cosine", lambda step: 1 + math.cos(math.pi * step / 10)),
+    ):
+        args.lr_schedule = name
+        for step in range(10):
+            rate = train.scheduled_rate(args, step)
+            assert rate == pytest.approx(expected(step) * min(1, (step + 1) / 4))
 
 
 # ---------------------------------------------------------------------------------------- stop and resume
@@ -287,12 +385,13 @@ def never_stopped(tmp_path_factory):
 
 def comparable(run):
     """Everything of a finished run that must not depend on its having been stopped."""
-    seconds = {"seconds", "rollout_seconds", "score_seconds", "update_seconds"}
+    seconds = {"seconds", "rollout_seconds", "score_seconds", "update_seconds", "tokens_per_second"}
     metrics = [{k: v for k, v in r.items() if k not in seconds} for r in evaluation.read_jsonl(run / "metrics.jsonl")]
     trajectories = [
         {k: v for k, v in r.items() if k != "time"} for r in evaluation.read_jsonl(run / "trajectories.jsonl")
     ]
-    weights = (run / "checkpoints" / "LAST" / "model.safetensors").read_bytes()
+    last = run / "checkpoints" / "LAST"
+    weights = [path.read_bytes() for path in sorted(last.glob("*.safetensors"))]
     return metrics, trajectories, weights, json.loads((run / "summary.json").read_text())["statistics"]
 
 
@@ -316,6 +415,97 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(number, step, code, never
     whole, resumed = comparable(folder / "whole"), comparable(tmp_path / "stopped")
     for a, b in zip(whole, resumed, strict=True):
         assert a == b
+
+
+def quiet_train(flags):
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        train.train(parse_args(flags))
+
+
+def test_runs_killed_at_ten_random_moments_end_as_if_they_had_not_been(never_stopped, tmp_path):
+    folder, flags = never_stopped
+    whole = comparable(folder / "whole")
+    moments, fork = random.Random(0), torch.multiprocessing.get_context("fork")
+    kills, finished = 0, 0
+    while kills < 10 or not finished:
+        run = tmp_path / f"killed{finished}"
+        new = [*flags, "--runs_dir", str(tmp_path), "--run_name", run.name]
+        process = fork.Process(target=quiet_train, args=(["--resume", str(run)] if run.exists() else new,))
+        process.start()
+        process.join(moments.uniform(0.1, 2.5) if kills < 10 else None)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+            process.join()
+            if not (run / "config.json").exists():  # killed within the milliseconds before the settings are written
+                shutil.rmtree(run, ignore_errors=True)
+        else:
+            assert process.exitcode == 0
+            finished += 1
+            for a, b in zip(whole, comparable(run), strict=True):
+                assert a == b
+
+
+def test_lora_and_several_updates_resume_exactly(tmp_path, monkeypatch):
+    (tmp_path / "stopper.py").write_text(STOPPER)
+    more = "--lora_rank 4 --num_iterations 2 --lr_schedule cosine --lr_warmup_steps 2 --gradient_checkpointing"
+    flags = ["--cl_algorithm", f"{tmp_path / 'stopper.py'}:Stopper", *more.split()]
+    train.train(small_args(tmp_path, *flags, "--run_name", "whole"))
+    monkeypatch.setenv("STOP_AT", "3")
+    monkeypatch.setenv("STOP_WITH", str(int(signal.SIGTERM)))
+    with pytest.raises(train.Interrupted):
+        train.train(small_args(tmp_path, *flags, "--run_name", "stopped"))
+    train.train(Args(resume=str(tmp_path / "stopped")))
+    for a, b in zip(*(comparable(tmp_path / name) for name in ("whole", "stopped")), strict=True):
+        assert a == b
+
+
+TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def test_a_sharded_run_continues_on_another_number_of_ranks(tmp_path):
+    (tmp_path / "stopper.py").write_text(STOPPER)
+    flags = [*SMALL, "--cl_algorithm", f"{tmp_path / 'stopper.py'}:Stopper", "--runs_dir", str(tmp_path), "--shard"]
+    env = {**ENV, "STOP_WITH": str(int(signal.SIGTERM)), "STOP_AT": "2"}
+    stopped = run_script("train.py", *flags, "--run_name", "r", launcher=TWO_RANKS, env=env)
+    assert stopped.returncode != 0 and "saved; continue with --resume" in stopped.stderr, stopped.stderr
+    weights = load_file(tmp_path / "r" / "checkpoints" / "LAST" / "model.safetensors")
+    launcher = [*TWO_RANKS[:-1], "--nproc_per_node=1"]
+    resumed = run_script("train.py", "--resume", str(tmp_path / "r"), launcher=launcher)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming with 1 ranks a run of 2" in resumed.stdout
+    steps = [r for r in evaluation.read_jsonl(tmp_path / "r" / "metrics.jsonl") if r["kind"] == "step"]
+    assert [r["global_step"] for r in steps] == [1, 2, 3, 4]
+    model, _ = grpo.load_policy("tiny", "float32", "cpu")
+    final = load_file(tmp_path / "r" / "checkpoints" / "LAST" / "model.safetensors")
+    assert set(final) == set(weights) == set(model.state_dict()) - {"lm_head.weight"}
+    assert any(not torch.equal(final[name], weights[name]) for name in final)
+
+
+DIER = """
+import os, signal
+import grpo
+from replay import SequentialCL
+
+class Dier(SequentialCL):
+    def post_step_hook(self, trainer, domain):
+        if grpo.rank() == 1 and os.environ["HOW"] == "raise":
+            raise RuntimeError("the cable came out")
+        if grpo.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("how, shown", [("raise", "the cable came out"), ("kill", "Signal 9")])
+def test_a_rank_that_dies_takes_the_others_down_and_is_named(how, shown, tmp_path):
+    (tmp_path / "dier.py").write_text(DIER)
+    flags = [*SMALL, "--cl_algorithm", f"{tmp_path / 'dier.py'}:Dier", "--runs_dir", str(tmp_path)]
+    start = time.monotonic()
+    died = run_script("train.py", *flags, launcher=TWO_RANKS, env={**ENV, "HOW": how})
+    assert died.returncode != 0 and time.monotonic() - start < 90  # half of it is the start
+    assert shown in died.stderr
+    assert died.stderr.count("Traceback (most recent call last)") <= (2 if how == "raise" else 1)  # torchrun's is one
 
 
 def test_a_kill_before_the_second_checkpoint_leaves_no_record_twice(tmp_path, monkeypatch):
@@ -349,7 +539,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, mo
     assert "damaged" in fail(monkeypatch, capsys, "--resume", str(tmp_path / "r"))
     weights.write_bytes(b"")
     state = json.loads((folders[-1] / "state.json").read_text())
-    (folders[-1] / "optimizer.pt").write_bytes(bytes(state["sizes"]["optimizer.pt"]))  # right size, wrong content
+    # Right size, wrong content.
+    (folders[-1] / "optimizer.safetensors").write_bytes(bytes(state["sizes"]["optimizer.safetensors"]))
     assert "damaged" in fail(monkeypatch, capsys, "--resume", str(tmp_path / "r"))
     (folders[-1] / "state.json").write_text("{")
     assert folders[-1].name in fail(monkeypatch, capsys, "--resume", str(tmp_path / "r"))
@@ -404,6 +595,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
         ("--resume nowhere", "nowhere"),
         ("--num_steps_per_task many", "many"),
         ("--no_such_flag 1", "no_such_flag"),
+        ("--rollout_engine fast", "fast"),
+        ("--lr_schedule step", "step"),
+        ("--kl_reference first", "first"),
+        ("--micro_batch_tokens 0", "micro_batch_tokens"),
+        ("--num_iterations 0", "num_iterations"),
+        ("--lora_rank -1", "lora_rank"),
+        ("--attn_implementation none_such", "none_such"),
+        ("--shard", "torchrun"),
     ],
 )
 def test_bad_flags_are_named_before_anything_is_written(flags, message, tmp_path, monkeypatch, capsys):
