@@ -163,8 +163,9 @@ def evaluate_tasks(
     generator = grpo.seeded_generator(model.device, seed, grpo.rank())
     records = []
     with tqdm(total=len(mine), desc=label, leave=False, disable=grpo.rank() > 0) as bar:
-        for begin in range(0, len(mine), at_once):
-            batch = mine[begin : begin + at_once]
+        stride = at_once * grpo.world_size()
+        for begin in range(0, len(jobs), stride):  # as often on every rank: sharded models are gathered each time
+            batch = jobs[begin : begin + stride][grpo.rank() :: grpo.world_size()]
             episodes = [oracle.Episode(d, tasks_by_domain[d][i], user, max_turns) for d, i in batch]
             played = grpo.rollout(model, tokenizer, episodes, generator=generator, on_finish=bar.update, **sampling)
             records += [score_and_record(e, t) for e, t in zip(episodes, played, strict=True)]
@@ -342,7 +343,9 @@ def write_report(run):
             lines.append(f"| {domain} | {start:.3f} | {end:.3f} | {end - start:+.3f} |")
     lines += ["", "![learning curves](learning_curves.png)", "", "![transfer matrix](transfer_matrix.png)", ""]
     lines += ["```", json.dumps(summary["statistics"], indent=1), json.dumps(summary["versions"], indent=1), "```", ""]
-    (run / "report.md").write_text("\n".join(lines))
+    temporary = run / "report.tmp"
+    temporary.write_text("\n".join(lines))
+    temporary.replace(run / "report.md")  # the last file of a run, so that a run with one is whole
 
 
 # ---------------------------------------------------------------------------------------- comparing runs
