@@ -39,6 +39,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -209,6 +210,11 @@ def load_policy(
     model.to(device=device, dtype=kept)
     if lora_rank:
         _add_lora(model, lora_rank, seed)
+        adapter = Path(name_or_path) / "adapter_model.safetensors"
+        if adapter.exists():  # read as float32: the model above was read as `dtype`
+            for name, tensor in load_file(adapter, device=str(device)).items():
+                path = re.sub(r"(lora_[AB])", r"\1.default", name.removeprefix("base_model.model."))
+                model.get_parameter(path).data.copy_(tensor)
     if gradient_checkpointing:
         # The method's name changed in transformers 5.2x; the old one warns.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -256,7 +262,8 @@ def autocast(model):
 def shard(model):
     """Splits weights, gradients and optimiser states over all ranks (FSDP2, Rajbhandari et al. 2020,
     arXiv:1910.02054), in place. Gradients of a backward pass are then summed over the ranks by themselves, and every
-    rank must make the same number of forward and backward passes."""
+    rank must make the same number of forward and backward passes. Loaded on the CPU before, the model goes to the GPU
+    layer by layer."""
     if not dist.is_initialized():
         raise ValueError("sharding needs several ranks: start with torchrun --nproc_per_node=N")
     if len({p.dtype for p in model.parameters()}) > 1:  # LoRA: FSDP gathers weights of one type only
@@ -318,6 +325,8 @@ def weights_of(model, saved):
     """
     if saved is None:
         model.disable_adapters()
+        for name, p in model.named_parameters():
+            p.requires_grad_("lora_" in name)  # peft has frozen them; FSDP chooses its types by what is trained
     else:
         _exchange(model, saved)
     try:
@@ -337,25 +346,31 @@ def _exchange(model, saved):
         other.copy_(kept)
 
 
-@torch.no_grad()
-def snapshot_tensors(model, saved) -> dict[str, Tensor]:
-    """A snapshot by the parameters' names and whole, for a file. Under FSDP every rank must call."""
-    with weights_of(model, saved):
-        return {name: whole(p.detach()).to("cpu", copy=True) for name, p in trained_parameters(model).items()}
-
-
-def snapshot_from(model, tensors) -> list[Tensor]:
-    """The inverse of `snapshot_tensors`, on any number of ranks. KeyError where a parameter is missing."""
-    parameters = trained_parameters(model).items()
-    return [_local(part_like(tensors[name].to(p.device), p)).to("cpu", copy=True) for name, p in parameters]
+def gathered(tensor) -> Tensor | None:
+    """A tensor whole in the CPU's memory of rank 0, None on the others. If it is sharded, every rank must call."""
+    tensor = whole(tensor.detach())
+    return tensor.to("cpu", copy=True).contiguous() if rank() == 0 else None
 
 
 def gathered_weights(model) -> dict | None:
-    """All weights whole in the CPU's memory, by name; None where they are not sharded. Every rank must call."""
+    """`gathered` of all weights by name; None where they are not sharded."""
     if not is_sharded(model):
         return None
     trained_parameters(model)  # reshards
-    return {name: whole(p.detach()).to("cpu") for name, p in model.named_parameters()}
+    return {name: gathered(p) for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def gathered_snapshot(model, saved) -> dict[str, Tensor]:
+    """`gathered` of a snapshot by the parameters' names, for a file."""
+    with weights_of(model, saved):
+        return {name: gathered(p) for name, p in trained_parameters(model).items()}
+
+
+def snapshot_from(model, read) -> list[Tensor]:
+    """The inverse of `gathered_snapshot`, on any number of ranks; `read(name)` gives a whole tensor."""
+    parameters = trained_parameters(model).items()
+    return [_local(part_like(read(name).to(p.device), p)).to("cpu", copy=True) for name, p in parameters]
 
 
 def save_policy(model, tokenizer, folder, weights=None):
@@ -372,10 +387,14 @@ def plain_copy(model, dtype):
     copies = {}
     for bone, p in zip(skeleton.parameters(), model.parameters(), strict=True):
         copies[id(bone)] = nn.Parameter(whole(p.detach()).to(dtype), requires_grad=False)
-    return copy.deepcopy(skeleton, copies)
+    return copy.deepcopy(skeleton, copies).to(model.device)
 
 
 # ------------------------------------------------------------------------------------------ the chat template
+
+
+PROBE_TOOL = {"name": "probe_tool", "description": "", "parameters": {"type": "object", "properties": {}}}
+TOOLS = [{"type": "function", "function": PROBE_TOOL}]
 
 
 class ChatFormat:
@@ -415,11 +434,24 @@ class ChatFormat:
         self.stop_ids = {self.end_id, tokenizer.eos_token_id} - {None}
         self._check_calls()
         self._check_answers()
+        self.greets = self._can_greet()
+
+    def _can_greet(self) -> bool:
+        """Whether a conversation may begin with the agent. Where the template puts such a greeting into the user's
+        mouth (Llama 3.1 with tools) or refuses it, `opening` leaves it out."""
+        header = self._render([*self.base, self.base[0]]).partition(self.PROBE)[0]
+        header = header.removeprefix(self._render(self.base[:1]))
+        try:
+            rendered = self._render(self.base[::-1], TOOLS)
+        except ValueError:
+            return False
+        return header + self.PROBE in rendered
 
     def _check_calls(self):
         """What the template writes for a tool call must be read as that call."""
         call = {"type": "function", "function": {"name": "probe_tool", "arguments": {"key": 'va"lue', "n": [1, 2.5]}}}
-        text = self.tokenizer.decode(self.turn({"role": "assistant", "content": "", "tool_calls": [call]})[:-1])
+        ids = self.turn({"role": "assistant", "content": "", "tool_calls": [call]})[:-1]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
         for self.bare_calls in (False, True):
             if [c["function"] for c in self.parse(text)["tool_calls"]] == [call["function"]]:
                 return
@@ -432,14 +464,12 @@ class ChatFormat:
     def _check_answers(self):
         """What follows a turn must not depend on what came before it, nor on how it is cut into texts."""
         before = [*self.base, {"role": "user", "content": "y"}, {"role": "assistant", "content": "z"}]
-        schema = {"name": "probe_tool", "description": "", "parameters": {"type": "object", "properties": {}}}
-        tools = [{"type": "function", "function": schema}]
         for role in ("tool", "user"):
             answer = [{"role": role, "content": "answer"}]
             expected = self._behind(self.base + answer)
             last = [{"role": "user", "content": "w"}, self.base[1]]
             longer = [{**m, "content": m["content"].replace(self.PROBE, "v")} for m in before] + last + answer
-            if self._behind(longer) != expected or self._behind(self.base + answer, tools) != expected:
+            if self._behind(longer) != expected or self._behind(self.base + answer, TOOLS) != expected:
                 raise ValueError(
                     f"{self.name}: what the chat template puts before a {role} message depends on the turns before it "
                     "or on the tools, so that turns cannot be appended to a conversation as they come"
@@ -484,6 +514,8 @@ class ChatFormat:
 
     def opening(self, system, messages, tools) -> list[int]:
         system = [{"role": "system", "content": system}] if system else []
+        if messages and messages[0]["role"] == "assistant" and not self.greets:
+            messages = messages[1:]
         return self._ids(self._render(system + self._clean(messages), tools, add_generation_prompt=True))
 
     def answer(self, messages) -> list[int]:
@@ -577,14 +609,14 @@ def all_gather_json(value) -> list:
     if world_size() == 1:
         return [json.loads(json.dumps(value))]
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     lengths = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
     dist.all_gather(lengths, torch.tensor([len(data)], device=device))
     padded = torch.zeros(int(max(lengths)), dtype=torch.uint8, device=device)
     padded[: len(data)] = data
     parts = [torch.zeros_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
-    return [json.loads(bytes(part[: int(n)].tolist())) for part, n in zip(parts, lengths, strict=True)]
+    return [json.loads(part[: int(n)].cpu().numpy().tobytes()) for part, n in zip(parts, lengths, strict=True)]
 
 
 def seeded_generator(device, *seeds) -> torch.Generator:
@@ -610,7 +642,7 @@ class RaggedLayer(DynamicLayer):
         batch, heads, width, head_dim = key_states.shape
         if self.room is None or self.room.shape[-2] < self.end:
             old = self.room
-            self.room = key_states.new_zeros((2, self.count, heads, max(256, 2 * self.end), head_dim))
+            self.room = value_states.new_zeros((2, self.count, heads, max(256, 2 * self.end), head_dim))
             if old is not None:
                 self.room[:, :, :, : old.shape[-2]] = old
         rows = torch.arange(batch, device=self.starts.device) if self.rows is None else self.rows
@@ -655,10 +687,11 @@ class _Conversation:
         self.trajectory.append(self.chat.opening(self.episode.system, opening, self.episode.tools))
         if self.room < 1:
             raise ValueError(
-                f"the opening of task {self.episode.task.id} has {len(self.trajectory.token_ids)} tokens, "
-                f"more than the context of {self.max_context}"
+                f"the opening of {self.episode.domain} task {self.episode.task.id} has "
+                f"{len(self.trajectory.token_ids)} tokens, which leaves none in a context of {self.max_context}"
             )
-        self.finished = self.episode.done
+        if self.episode.done:
+            self._finish(self.episode.termination)
 
     @property
     def room(self):
@@ -716,7 +749,8 @@ def rollout(
     """Plays all episodes at once and returns their trajectories in the episodes' order.
 
     Sampling is from the whole distribution at `temperature` (0: the most likely token), so the log-probabilities are
-    those of the loss. Each token is computed once, and none waits for the others' turns.
+    those of the loss: to rounding in float32; in bfloat16, where engines, autocast and shards round in other places, to
+    about a percent. Each token is computed once, and none waits for the others' turns.
 
     max_new_tokens: sampled tokens a turn; max_context: tokens a conversation (None: the model's limit), at which it
     ends as "max_steps"; max_user_tokens, max_tool_tokens: tokens of one message to the policy, cut beyond.
@@ -738,7 +772,7 @@ def rollout(
     uniform = {p.dtype for p in model.parameters()} == {getattr(model, "compute_dtype", model.dtype)}
     if is_sharded(model) or (engine == "paged" and not uniform):
         model = plain_copy(model, model.compute_dtype)
-    max_context = max_context or model.config.max_position_embeddings
+    max_context = context_length(model, max_context)
     cut = {"tool": max_tool_tokens, "user": max_user_tokens}
     chat = ChatFormat.of(tokenizer)
     conversations = [_Conversation(e, chat, max_new_tokens, max_context, cut, on_finish) for e in episodes]
@@ -751,6 +785,20 @@ def rollout(
 
 
 ENGINES = ("auto", "padded", "paged")
+
+
+def context_length(model, max_context=None) -> int:
+    """Tokens that a conversation may have. ValueError where that is more than the model allows."""
+    limit = model.config.max_position_embeddings
+    if (max_context or 0) > limit:
+        raise ValueError(f"max_context must be at most the model's {limit} tokens, got {max_context}")
+    return max_context or limit
+
+
+def check_opening(model, tokenizer, episode, max_context=None, max_user_tokens=None, max_tool_tokens=None):
+    """Raises ValueError where an episode's opening leaves no room for a turn: better known at the start of a run."""
+    cut = {"tool": max_tool_tokens, "user": max_user_tokens}
+    _Conversation(episode, ChatFormat.of(tokenizer), 1, context_length(model, max_context), cut, None)
 
 
 def _play_padded(model, tokenizer, active, temperature, generator):
@@ -862,10 +910,12 @@ def _play_paged(model, tokenizer, active, temperature, generator):
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device)) if generator else None
     sizes = {}
     if model.device.type == "cpu":  # elsewhere they follow from the free memory
-        length = max(c.max_context for c in active)
-        limit = max(len(c.trajectory.token_ids) for c in active) + 4096
-        sizes = {"num_blocks": len(active) * -(-min(length, limit) // PAGE), "max_batch_tokens": 2048}
-    paging = ContinuousBatchingConfig(page_size=PAGE, return_logprobs=True, seed=seed, **sizes)
+        sizes = {"num_blocks": sum(-(-c.max_context // PAGE) for c in active), "max_batch_tokens": 2048}
+    known = ContinuousBatchingConfig.__dataclass_fields__
+    if "auto_switch_to_flash" in known:
+        sizes["auto_switch_to_flash"] = False  # the attention is the user's choice
+    sizes["page_size" if "page_size" in known else "block_size"] = PAGE  # its name before transformers 5.18
+    paging = ContinuousBatchingConfig(return_logprobs=True, seed=seed, **sizes)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the library seeds the global generator
         manager = model.init_continuous_batching(settings, paging)
@@ -915,7 +965,7 @@ def _next_result(manager):
         if result is None and not manager.is_running():
             raise RuntimeError(f"continuous batching stopped: {manager.background_thread_status.fatal_error}")
     if result.error is not None:
-        raise RuntimeError(f"continuous batching failed: {result.error}")
+        raise ValueError(f"paged rollouts failed: {result.error}; take fewer conversations at once, or engine padded")
     return result
 
 

@@ -32,7 +32,8 @@ import torch
 import torch.distributed as dist
 import transformers
 import tyro
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -59,7 +60,8 @@ class Args:
     gradient_checkpointing: bool = False
     """compute layers again in the backward pass: less memory, a third more time"""
     shard: bool = False
-    """split weights, gradients and optimiser over the ranks (FSDP2), for models that one GPU cannot hold"""
+    """split weights, gradients and optimiser over the ranks (FSDP2); each still needs room for a copy of the weights in
+    model_dtype during rollouts"""
     task_order: list[str] = field(default_factory=lambda: list(oracle.DOMAINS))
     """the domains, in the order of training"""
     max_tasks_per_domain: int | None = None
@@ -225,7 +227,7 @@ class Group:
 
     @property
     def varied(self):
-        """False: no advantage, no gradient; the group is left out before the forward pass."""
+        """False: no advantage. The group is left out before the forward pass, and so of the KL penalty, too."""
         return len({r for r in self.rewards if r is not None}) > 1
 
 
@@ -354,8 +356,11 @@ def sum_over_ranks(trainer, *values) -> list[float]:
     return tensor.tolist()
 
 
+BUCKET = 2**26  # elements reduced at once: memory for one more copy of 0.25 GB, not of all gradients
+
+
 def optimizer_step(trainer: Trainer, loss: float) -> float:
-    """One all-reduce of the raw gradients (missing ones as zeros), clip, step. Returns the norm before clipping.
+    """The raw gradients summed over ranks (missing ones as zeros), clip, step. Returns the norm before clipping.
 
     `loss` is the sum over all ranks. Where it or the norm is not finite, on all ranks alike, the step is left out.
     """
@@ -363,10 +368,11 @@ def optimizer_step(trainer: Trainer, loss: float) -> float:
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if grpo.world_size() > 1 and not trainer.args.shard:  # FSDP has summed its gradients already
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(grad.view_as(p))
+        for bucket in grpo.micro_batches([p.numel() for p in parameters], BUCKET):
+            flat = torch.cat([parameters[i].grad.flatten() for i in bucket])
+            dist.all_reduce(flat)
+            for i, grad in zip(bucket, flat.split([parameters[i].numel() for i in bucket]), strict=True):
+                parameters[i].grad.copy_(grad.view_as(parameters[i]))
     norm = grpo.whole(torch.nn.utils.clip_grad_norm_(parameters, trainer.args.max_grad_norm)).item()
     if math.isfinite(norm) and math.isfinite(loss):
         trainer.optimizer.step()
@@ -671,16 +677,16 @@ def save_checkpoint(trainer: Trainer):
 
 
 def gather_checkpoint(trainer: Trainer):
-    """(weights where they are sharded, AdamW's moments, the reference policy), whole; all ranks take part."""
+    """(weights where they are sharded, AdamW's moments, the reference policy), whole on rank 0; all ranks take part."""
     weights = grpo.gathered_weights(trainer.model)
     moments = {
-        f"{name}/{key}": grpo.whole(value).to("cpu").contiguous()
+        f"{name}/{key}": grpo.gathered(value)
         for name, p in grpo.trained_parameters(trainer.model).items()
         for key, value in trainer.optimizer.state.get(p, {}).items()
     }
     reference = None
     if trainer.reference is not None:
-        reference = grpo.snapshot_tensors(trainer.model, trainer.reference)
+        reference = grpo.gathered_snapshot(trainer.model, trainer.reference)
     return weights, moments, reference
 
 
@@ -733,14 +739,16 @@ def load_checkpoint(trainer: Trainer, folder: Path, saved: dict):
     """Puts a trainer, its model loaded already, back to where the checkpoint was saved."""
     trainer.state, trainer.scores = saved["state"], saved["scores"]
     trainer.algorithm.load_state_dict(saved["algorithm"])
-    moments = load_file(folder / "optimizer.safetensors")
-    for name, p in grpo.trained_parameters(trainer.model).items():
-        mine = {key.rpartition("/")[2]: t for key, t in moments.items() if key.rpartition("/")[0] == name}
-        for key, tensor in mine.items():
-            whole = tensor.ndim == 0  # AdamW's count of steps
-            trainer.optimizer.state[p][key] = tensor if whole else grpo.part_like(tensor.to(p.device), p)
+    parameters = grpo.trained_parameters(trainer.model)
+    with safe_open(folder / "optimizer.safetensors", "pt") as moments:
+        for path in moments.keys():  # noqa: SIM118 (it is no dict)
+            name, _, key = path.rpartition("/")
+            p, tensor = parameters[name], moments.get_tensor(path)
+            is_count = tensor.ndim == 0  # AdamW's count of steps
+            trainer.optimizer.state[p][key] = tensor if is_count else grpo.part_like(tensor.to(p.device), p)
     if (folder / "reference.safetensors").exists():
-        trainer.reference = grpo.snapshot_from(trainer.model, load_file(folder / "reference.safetensors"))
+        with safe_open(folder / "reference.safetensors", "pt") as reference:
+            trainer.reference = grpo.snapshot_from(trainer.model, reference.get_tensor)
     if grpo.rank() == 0:  # what was logged after the checkpoint will be logged again
         for path in trainer.run.glob("*.jsonl"):
             os.truncate(path, saved["logs"].get(path.name, 0))
@@ -868,7 +876,7 @@ def set_up(args: Args, device="cpu") -> Trainer:
         corpus = [text[:400] for d, tasks in train_tasks.items() for text in oracle.corpus(d, tasks)]
     loading = {
         "dtype": args.model_dtype,
-        "device": device,
+        "device": "cpu" if args.shard else device,
         "seed": args.seed,
         "corpus": corpus,
         "attn_implementation": args.attn_implementation,
@@ -879,6 +887,8 @@ def set_up(args: Args, device="cpu") -> Trainer:
 
     def load(source, lora_rank=args.lora_rank):
         model, tokenizer = grpo.load_policy(str(source), lora_rank=lora_rank, **loading)
+        if not grpo.trained_parameters(model):
+            raise ValueError(f"{source} has a LoRA adapter; name its rank with --lora_rank to train it")
         if args.shard:
             grpo.shard(model)
         return model, tokenizer
@@ -890,6 +900,11 @@ def set_up(args: Args, device="cpu") -> Trainer:
     model, tokenizer = load(folder or args.model_name_or_path, 0 if embedded_lora else args.lora_rank)
     if keep_initial and folder is None:
         initial = grpo.snapshot(model)
+    for domain, tasks in [*train_tasks.items(), *eval_tasks.items()]:
+        for task in tasks:
+            episode = oracle.Episode(domain, task, args.user, args.max_turns)
+            limits = (args.max_context, args.max_user_tokens, args.max_tool_tokens)
+            grpo.check_opening(model, tokenizer, episode, *limits)
     if not args.resume:
         run = new_run(args, train_tasks, eval_tasks)
     if embedded_lora:  # an adapter's directory names its base, which must be one too
@@ -901,7 +916,8 @@ def set_up(args: Args, device="cpu") -> Trainer:
         model, tokenizer = load((run / "base").resolve())
     trainer = Trainer(args, run, model, tokenizer, algorithm, train_tasks, eval_tasks, initial=initial)
     parameters = grpo.trained_parameters(model).values()
-    trainer.optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
+    # Not foreach, which needs another copy of the weights for a moment.
+    trainer.optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, foreach=False)
     if folder is not None:
         try:
             load_checkpoint(trainer, folder, saved)

@@ -1,4 +1,20 @@
-"""grpo.py: every formula against a float64 reference, rollouts against a full forward pass, templates, masks."""
+"""grpo.py: every formula against a float64 reference, rollouts against a full forward pass, templates, masks.
+
+Mistakes that multi-turn trainers have made, and the tests here and in test_train.py that would fail with each:
+ 1 text decoded and encoded again     what_is_appended_is_the_template_around_the_sampled_ids, turns_appended_one_by_one
+ 2 templates that rewrite history     thoughts_that_a_template_would_drop_stay, templates_that_cannot_be_followed
+ 3 tool tokens trained on, EOS not    end_of_turn_is_trained_on_and_nothing_else_is, the rollouts' masks
+ 4 denominators per micro-batch, rank the_gradient_does_not_depend_on_micro_batches, ... on_ranks_or_shards
+ 5 NaN behind a mask                  masked_nan_stays_out
+ 6 malformed calls kill the rollout   malformed_calls_keep_their_place; bad agent turns in test_oracle.py
+ 7 failures scored as zero            some_environment_errors_are_counted_and_left_out, group_advantages
+ 8 groups merged by equal prompts     equal_tasks_in_a_batch_stay_groups_of_their_own, openings_are_not_changed
+ 9 max_turns 0, results cut anywhere  bad_flags_are_named, long_messages_are_cut_between_tokens
+10 resume repeats or skips            a_stopped_run_continues, runs_killed_at_ten_random_moments, lora_and_several
+11 each rank trains alone             the_gradient_does_not_depend_on_ranks_or_shards: weights equal on both ranks
+12 a rank without a backward pass     the same, with a rank that has nothing; a_rank_that_raises, torchrun_names_a_rank
+13 ranks wait for rank 0's evaluation a_sharded_run_continues: evaluation with fewer conversations than ranks
+"""
 
 import copy
 import json
@@ -291,8 +307,8 @@ def test_weights_of_a_snapshot_are_exchanged_and_come_back_whatever_happens(tiny
         raise KeyError
     for p, saved in zip(model.parameters(), now, strict=True):
         assert torch.equal(p, saved)
-    tensors = grpo.snapshot_tensors(model, then)
-    for a, b in zip(grpo.snapshot_from(model, tensors), then, strict=True):
+    tensors = grpo.gathered_snapshot(model, then)
+    for a, b in zip(grpo.snapshot_from(model, tensors.__getitem__), then, strict=True):
         assert torch.equal(a, b)
 
 
@@ -324,6 +340,9 @@ def test_lora_trains_adapters_only_and_the_model_without_them_is_the_reference(t
     for rank in (4, 0):  # to train on, or to evaluate
         again, _ = grpo.load_policy(str(tmp_path / "adapter"), "float32", "cpu", lora_rank=rank)
         torch.testing.assert_close(token_logprobs(again, ids, attention).detach(), moved)
+    low, _ = grpo.load_policy(str(tmp_path / "adapter"), "bfloat16", "cpu", lora_rank=4)
+    for name, p in grpo.trained_parameters(low).items():  # no bit of the float32 adapters is lost
+        assert torch.equal(p, trained[name]), name
     with pytest.raises(ValueError, match="rank 4"):
         grpo.load_policy(str(tmp_path / "adapter"), "float32", "cpu", lora_rank=8)
 
@@ -510,6 +529,36 @@ def test_what_is_appended_is_the_template_around_the_sampled_ids(tiny):
         expected += f"{said}<|im_end|>\n<|im_start|>user\n{results}<|im_end|>\n<|im_start|>assistant\n"
     assert text.removesuffix("<|im_end|>") == expected + sampled[-1]
     assert len(t.token_ids) == len(t.action_mask) == len(t.logprobs) == len(t.turns)
+
+
+def test_the_end_of_turn_is_trained_on_and_nothing_else_is(tiny):
+    """Also where the padding has the same id as the end of a turn."""
+    tokenizer = tiny[1]
+    end = ChatFormat.of(tokenizer).end_id
+    trajectories = []
+    for turns in (1, 2):
+        gold = grpo.demonstration(tokenizer, CodeEpisode(turns), CodeEpisode(turns).gold()[:turns])
+        trajectories.append(gold)
+    batch = grpo.collate(trajectories, [1.0, 1.0], pad_id=end)
+    for t, ids, mask in zip(trajectories, batch["ids"], batch["mask"], strict=True):
+        assert ids[mask].tolist().count(end) == max(t.turns) + 1  # each turn's end
+        assert mask.tolist()[: len(t.action_mask)] == t.action_mask and not mask[len(t.action_mask) :].any()
+    loss, _ = policy_loss(torch.zeros(batch["ids"].shape), *(batch[n] for n in ("old_logprobs", "advantages", "mask")))
+    assert loss.item() == pytest.approx(-1.0)  # the mean over action tokens alone
+
+
+def test_openings_are_not_changed(tiny):
+    """A prompt shared by a group's samples must be the same for each, and after."""
+    shared = [{"role": "user", "content": "long " * 40}]
+
+    class Shared(Chatter):
+        def opening(self):
+            return shared
+
+    trajectories = play(tiny, [Shared(1, 2) for _ in range(3)], max_user_tokens=5)
+    assert shared == [{"role": "user", "content": "long " * 40}]
+    prompts = {tuple(t.token_ids[: t.action_mask.index(True)]) for t in trajectories}
+    assert len(prompts) == 1
 
 
 @pytest.mark.parametrize("engine", ["padded", "paged"])
@@ -716,7 +765,8 @@ def test_turns_appended_one_by_one_are_the_whole_conversation(name, tiny):
     tokenizer = with_template(tiny[1], TEMPLATES[name])
     chat = ChatFormat.of(tokenizer)
     opening = [{"role": "user", "content": "Hello,  I need help."}]
-    ids = chat.opening("Be kind.", opening, [SCHEMA])
+    greeting = [{"role": "assistant", "content": "Hi!"}] if name == "Llama-3.1" else []
+    ids = chat.opening("Be kind.", greeting + opening, [SCHEMA])  # which would be put into the user's mouth
     messages = [{"role": "system", "content": "Be kind."}, *opening]
     for turn, answer in CONVERSATION:
         said = chat.turn(turn)
@@ -731,6 +781,32 @@ def test_turns_appended_one_by_one_are_the_whole_conversation(name, tiny):
         assert tokenizer.decode(ids).count("<think>") == len(CONVERSATION)
     else:
         assert ids == tokenizer(rendered, add_special_tokens=False).input_ids
+
+
+def test_a_greeting_stays_where_the_template_knows_one(tiny):
+    messages = [{"role": "assistant", "content": "Hi!"}, {"role": "user", "content": "Help."}]
+    for name, template in TEMPLATES.items():
+        tokenizer = with_template(tiny[1], template)
+        text = tokenizer.decode(ChatFormat.of(tokenizer).opening("Be kind.", messages, [SCHEMA]))
+        assert ("Hi!" in text) == (name != "Llama-3.1")
+    alternating = chatml(PLAIN).replace(
+        "{%- for m in messages %}",
+        "{%- if messages[0].role == 'assistant' %}{{ raise_exception('user first') }}{% endif %}"
+        "{%- for m in messages %}",
+    )
+    chat = ChatFormat.of(with_template(tiny[1], alternating))
+    assert chat.opening("", messages, None) == chat.opening("", messages[1:], None)
+
+
+def test_an_episode_that_is_over_before_it_begins_counts_as_finished(tiny):
+    counted = []
+    for engine in ("padded", "paged"):
+        over = Chatter(1)
+        over.stop("user_stop")
+        played = play(tiny, [over, Chatter(2, 1)], engine=engine, on_finish=counted.append)
+        assert [t.termination for t in played] == ["user_stop", "user_stop"]
+        assert not any(played[0].action_mask)
+    assert counted == [1, 1, 1, 1]
 
 
 def test_thoughts_that_a_template_would_drop_stay_as_they_were_sampled(tiny):

@@ -235,7 +235,7 @@ def law_trainer(loss_type, micro_batch_tokens=10_000, **changes):
         names = grpo.trained_parameters(model)
         for kind in ("initial", "reference"):
             tensors = dict(zip(names, getattr(trainer, kind), strict=True))
-            setattr(trainer, kind, grpo.snapshot_from(model, tensors))
+            setattr(trainer, kind, grpo.snapshot_from(model, tensors.__getitem__))
     trainer.optimizer = torch.optim.SGD(grpo.trained_parameters(model).values(), lr=1.0)
     rng = torch.Generator().manual_seed(0)
     trajectories = []
@@ -301,6 +301,23 @@ LAW_CASES = [(loss, order, False) for loss in grpo.LOSS_TYPES for order in ORDER
 ]
 
 
+def lora_step(base, shard=False):
+    """The gradient of LoRA adapters in bfloat16, with the model without them as the reference."""
+    trainer, trajectories = law_trainer("dapo", shard=False, kl_reference="initial")
+    trainer.model, _ = grpo.load_policy(base, "bfloat16", "cpu", lora_rank=2)
+    trainer.initial, trainer.args.shard = None, shard
+    if shard:
+        grpo.shard(trainer.model)
+    with torch.no_grad():  # away from zero, so that both halves of an adapter have a gradient
+        for name, p in grpo.trained_parameters(trainer.model).items():
+            p.copy_(grpo.part_like(0.05 * torch.ones(p.shape), p) if "lora_B" in name else p)
+    trainer.optimizer = torch.optim.SGD(grpo.trained_parameters(trainer.model).values(), lr=1.0)
+    before = law_weights(trainer)
+    mine = trajectories[:3][grpo.rank() :: grpo.world_size()]
+    train.update(trainer, [(t, 1.0) for t in mine])
+    return before - law_weights(trainer)
+
+
 def law_rank(rank, path):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{path}.sync", rank=rank, world_size=2)
@@ -310,6 +327,8 @@ def law_rank(rank, path):
         Path(f"{path}.{case}.{rank}.json").write_text(json.dumps(stats))
     for shard in (False, True):
         torch.save(penalty_step(shard), f"{path}.penalty.{rank}.{shard}")
+    for shard in (False, True):
+        torch.save(lora_step(f"{path}.base", shard), f"{path}.lora.{rank}.{shard}")
     trainer, trajectories = law_trainer("dapo")
     before = law_weights(trainer)
     pairs = [(t, math.nan if rank == 1 else 1.0) for t in trajectories[:3]]  # on one rank only
@@ -321,6 +340,7 @@ def law_rank(rank, path):
 def test_the_gradient_does_not_depend_on_ranks_or_shards(tmp_path):
     """Uneven counts, an environment error on one rank, a rank with nothing valid; FSDP2 against whole weights. And what
     is not finite on one rank is skipped on both."""
+    grpo.save_policy(*grpo.load_policy("tiny", "float32", "cpu"), tmp_path / "law.base")
     torch.multiprocessing.spawn(law_rank, [str(tmp_path / "law")], nprocs=2)
     for case, (loss_type, order, shard) in enumerate(LAW_CASES):
         paths = [tmp_path / f"law.{case}.{rank}" for rank in (0, 1)]
@@ -332,6 +352,9 @@ def test_the_gradient_does_not_depend_on_ranks_or_shards(tmp_path):
         for path in paths:
             found = json.loads(Path(f"{path}.json").read_text())
             assert {n: found[n] for n in names} == pytest.approx({n: stats[n] for n in names}, rel=1e-4, abs=1e-6)
+    lora = lora_step(str(tmp_path / "law.base"))
+    for path in tmp_path.glob("law.lora.*"):
+        assert apart(torch.load(path, weights_only=True), lora) < 0.02, path  # bfloat16
     for path in tmp_path.glob("law.penalty.*"):
         assert apart(torch.load(path, weights_only=True), penalty_step()) < 1e-5, path
 
@@ -371,6 +394,13 @@ def test_later_updates_on_the_same_rollouts_keep_the_behaviour_policy_as_denomin
     for _ in range(3):
         train.update(manual, exact)
     assert torch.equal(law_weights(trainer), law_weights(manual))
+
+
+def test_equal_tasks_in_a_batch_stay_groups_of_their_own():
+    trainer, trajectories = law_trainer("dapo", advantage_scale="none")
+    twice = [train.Group(replay.TaskRef("airline", "1"), False, rewards) for rewards in ([1.0, 0.0], [1.0, 1.0])]
+    kept = train.with_advantages(trainer, trajectories[:4], twice)
+    assert [(t.task_id, a) for t, a in kept] == [("3", 0.5), ("9", -0.5)]
 
 
 def test_truncated_conversations_can_be_left_out_of_the_loss():
@@ -473,10 +503,11 @@ def test_runs_killed_at_ten_random_moments_end_as_if_they_had_not_been(never_sto
                 assert a == b
 
 
-def test_lora_and_several_updates_resume_exactly(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_and_several_updates_resume_exactly(dtype, tmp_path, monkeypatch):
     (tmp_path / "stopper.py").write_text(STOPPER)
     more = "--lora_rank 4 --num_iterations 2 --lr_schedule cosine --lr_warmup_steps 2 --gradient_checkpointing"
-    flags = ["--cl_algorithm", f"{tmp_path / 'stopper.py'}:Stopper", *more.split()]
+    flags = ["--cl_algorithm", f"{tmp_path / 'stopper.py'}:Stopper", *more.split(), "--model_dtype", dtype]
     train.train(small_args(tmp_path, *flags, "--run_name", "whole"))
     monkeypatch.setenv("STOP_AT", "3")
     monkeypatch.setenv("STOP_WITH", str(int(signal.SIGTERM)))
@@ -637,6 +668,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
         ("--lora_rank -1", "lora_rank"),
         ("--attn_implementation none_such", "none_such"),
         ("--shard", "torchrun"),
+        ("--max_context 20", "context of 20"),
+        ("--max_context 100000", "100000"),
     ],
 )
 def test_bad_flags_are_named_before_anything_is_written(flags, message, tmp_path, monkeypatch, capsys):
