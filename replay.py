@@ -1,6 +1,7 @@
 """What is remembered: replay buffers and sampling as pure functions, and the continual-learning algorithms.
 
-    python replay.py        shows the reservoir's law: every item is kept with probability capacity / offered
+    python replay.py                 shows what each buffer policy keeps of a stream
+    python replay.py --benchmark     offers per second
 
 Data flow: a finished group -> add -> Buffer -> sample -> augment_batch -> the next batch's rollouts.
 
@@ -10,15 +11,19 @@ class of your own (a subclass of CLAlgorithm) runs with `python train.py --cl_al
 
 import importlib.util
 import inspect
+import json
 import math
 import sys
-from dataclasses import asdict, dataclass, field
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 
 import numpy as np
 
 STRATEGIES = ("random", "high_reward", "recent", "balanced")
-POLICIES = ("reservoir",)
+POLICIES = ("reservoir", "brs", "lars", "labrs", "recent")
+TASK_POLICIES = ("reservoir", "recent")  # a task that is rolled out anew has no loss, and a buffer per domain one label
 
 
 # ----------------------------------------------------------------------------------------------- buffers
@@ -53,26 +58,112 @@ def reservoir_slot(seen, capacity, rng) -> int | None:
     """
     if seen < capacity:
         return seen
-    slot = int(rng.integers(seen + 1))
+    slot = int(rng.random() * (seen + 1))  # five times as fast as rng.integers, and as even up to 2**-53
     return slot if slot < capacity else None
+
+
+def brs_slot(labels, rng) -> int:
+    """The slot to overwrite by balanced reservoir sampling (Buzzega et al. 2020, arXiv:2010.05595): uniform over the
+    items of a label that has the most items, one such label drawn at random.
+
+    With the reservoir's gate before it, plentiful labels end equal; a rare one keeps what the gate let in of it.
+    """
+    counts = Counter(labels)
+    most = max(counts.values())
+    fullest = _one_of([label for label, count in counts.items() if count == most], rng)
+    return _one_of([slot for slot, label in enumerate(labels) if label == fullest], rng)
+
+
+def lars_slot(losses, rng) -> int:
+    """The slot to overwrite by loss-aware reservoir sampling (Buzzega et al. 2020, arXiv:2010.05595), with the min-max
+    weights p ~ (max - loss) + (max - min) / n: what is learnt already (a low loss) goes first.
+
+    The second term keeps every slot possible, also that of the greatest loss, which may be noise. Equal losses are
+    uniform. Raises ValueError for a loss that is not finite.
+    """
+    losses = _finite(losses)
+    spread = losses.max() - losses.min()
+    if spread == 0:
+        return int(rng.integers(len(losses)))
+    return _draw(losses.max() - losses + spread / len(losses), rng)
+
+
+def labrs_slot(losses, labels, rng, scaling="balanced") -> int:
+    """The slot to overwrite by loss-aware balanced reservoir sampling (Buzzega et al. 2020, arXiv:2010.05595): likelier
+    where the loss is low and where the label has many items.
+
+    "balanced": p ~ I + B + 1/n with I = (max - loss) / (max - min) and B the number of items of the label, scaled
+    from 0 to 1 in the same way: both count the same. "released", as in the authors' code: s = I / (2 mean|I| mean|B|)
+    + B / 2 with I = -loss and B the number itself, p ~ s scaled from 0 to 1, + 1/n; there B all but hides I. The 1/n,
+    which is ours, keeps every slot possible; where all terms are equal the draw is uniform. Raises ValueError for a
+    loss that is not finite, for other lengths and for an unknown scaling.
+    """
+    if scaling not in ("balanced", "released"):
+        raise ValueError(f"unknown scaling {scaling!r}; choose balanced or released")
+    if len(losses) != len(labels):
+        raise ValueError(f"{len(losses)} losses for {len(labels)} labels; there must be one each")
+    counts, array, n = Counter(labels), _finite(losses), len(losses)
+    if scaling == "released":
+        size = np.array([counts[label] for label in labels], dtype=float)
+        score = -0.5 * array / max(np.abs(array).mean() * size.mean(), 1e-12) + 0.5 * size
+        return _draw((score - score.min()) / (np.ptp(score) or 1.0) + 1 / n, rng)
+    high, spread = float(array.max()), float(np.ptp(array)) or 1.0
+    fewest = min(counts.values())
+    range_of_counts = max(counts.values()) - fewest or 1
+    while True:  # by rejection, since the weights of all slots would take four times as long
+        slot = int(rng.random() * n)
+        weight = (high - losses[slot]) / spread + (counts[labels[slot]] - fewest) / range_of_counts + 1 / n
+        if rng.random() * (2 + 1 / n) < weight:
+            return slot
+
+
+def _finite(losses):
+    losses = np.asarray(losses, dtype=float)
+    if not np.isfinite(losses).all():
+        raise ValueError(f"losses must be finite, got {losses[~np.isfinite(losses)][0]}")
+    return losses
+
+
+def _draw(weights, rng) -> int:
+    """An index with probability in proportion to its weight."""
+    total = weights.cumsum()
+    return int(total.searchsorted(rng.random() * total[-1], side="right"))
+
+
+def _one_of(values, rng):
+    return values[int(rng.integers(len(values)))]
 
 
 def add(buffer, item, *, label=None, loss=0.0, reward=0.0, policy="reservoir", rng) -> int | None:
     """Offers an item to the buffer, in place. Returns the slot written, None if it was discarded.
-    Raises ValueError for an unknown policy, or a loss or reward that is not finite."""
+
+    Every policy but "recent" has the reservoir's gate, which lets item n + 1 in with probability capacity / (n + 1);
+    they differ in what makes room for it: a uniformly drawn item (reservoir), `brs_slot`, `lars_slot` or `labrs_slot`.
+    "recent" keeps the latest. Raises ValueError for an unknown policy, or a loss or reward that is not finite.
+    """
     if policy not in POLICIES:
         raise ValueError(f"unknown buffer policy {policy!r}; choose one of {', '.join(POLICIES)}")
     if not (math.isfinite(loss) and math.isfinite(reward)):
         raise ValueError(f"loss and reward of an item must be finite, got {loss} and {reward}")
-    slot = reservoir_slot(buffer.seen, buffer.capacity, rng)
-    row = (item, label, float(loss), float(reward), buffer.seen)
+    latest = buffer.seen % buffer.capacity
+    slot = latest if policy == "recent" else reservoir_slot(buffer.seen, buffer.capacity, rng)
     buffer.seen += 1
     if slot is None:
         return None
-    for values, value in zip(
-        (buffer.items, buffer.labels, buffer.losses, buffer.rewards, buffer.order), row, strict=True
-    ):
-        values[slot : slot + 1] = [value]  # appends while the buffer is filling
+    row = (item, label, float(loss), float(reward), buffer.seen - 1)
+    lists = (buffer.items, buffer.labels, buffer.losses, buffer.rewards, buffer.order)
+    if len(buffer.items) < buffer.capacity:
+        for values, value in zip(lists, row, strict=True):
+            values.append(value)
+        return len(buffer.items) - 1
+    if policy == "brs":
+        slot = brs_slot(buffer.labels, rng)
+    elif policy == "lars":
+        slot = lars_slot(buffer.losses, rng)
+    elif policy == "labrs":
+        slot = labrs_slot(buffer.losses, buffer.labels, rng)
+    for values, value in zip(lists, row, strict=True):
+        values[slot] = value
     return slot
 
 
@@ -105,10 +196,56 @@ def sample(buffer, n, *, strategy="random", rng) -> list[int]:
     return [int(index) for index in np.concatenate(shuffled)[:n]]
 
 
+def update_losses(buffer, indices, losses) -> None:
+    """Replaces the losses of items that were replayed, one for each: what the loss-aware policies go by. Raises
+    ValueError for other lengths or a loss that is not finite, and then changes nothing."""
+    losses = _finite(losses)
+    if len(losses) != len(indices):
+        raise ValueError(f"{len(losses)} losses for {len(indices)} items; there must be one each")
+    for index, loss in zip(indices, losses.tolist(), strict=True):
+        buffer.losses[index] = loss
+
+
 def update_rewards(buffer, indices, rewards) -> None:
     """Replaces the rewards of items that were played again."""
     for index, reward in zip(indices, rewards, strict=True):
         buffer.rewards[index] = float(reward)
+
+
+def save_buffer(buffer, path, min_reward=None) -> int:
+    """Writes a buffer as JSON lines, the first for the buffer and one for each item: aside and renamed, so that the
+    file is whole or not there. Items must be what json.dumps takes, or dataclasses. `min_reward`: only items with at
+    least this reward, for analysis. Returns the number of items written."""
+    rows = []
+    for item, label, loss, reward, order in zip(
+        buffer.items, buffer.labels, buffer.losses, buffer.rewards, buffer.order, strict=True
+    ):
+        if min_reward is None or reward >= min_reward:
+            item = asdict(item) if is_dataclass(item) else item
+            rows.append({"item": item, "label": label, "loss": loss, "reward": reward, "order": order})
+    head = {"capacity": buffer.capacity, "seen": buffer.seen, "items": len(rows)}
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in [head, *rows])
+    temporary.replace(path)
+    return len(rows)
+
+
+def load_buffer(path, make_item=None) -> Buffer:
+    """The buffer of a file of `save_buffer`; `make_item(item)`: what an item is made of, where it is not JSON itself.
+    Raises ValueError where lines are missing or damaged."""
+    try:
+        with open(path) as lines:
+            head, *rows = map(json.loads, lines)
+        if len(rows) != head["items"]:
+            raise ValueError(f"it has {len(rows)} items, its first line says {head['items']}")
+        columns = {name: [row[name] for row in rows] for name in ("item", "label", "loss", "reward", "order")}
+        items = columns["item"] if make_item is None else [make_item(item) for item in columns["item"]]
+        rest = (columns["label"], columns["loss"], columns["reward"], columns["order"])
+        return Buffer(head["capacity"], items, *rest, seen=head["seen"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a whole buffer: {error}") from error
 
 
 def replay_count(new, ratio, rng) -> int:
@@ -209,8 +346,8 @@ class ReplayCL(CLAlgorithm):
             raise ValueError(f"replay_ratio must be in [0, 1), got {replay_ratio}")
         if replay_strategy not in STRATEGIES:
             raise ValueError(f"unknown replay_strategy {replay_strategy!r}; choose one of {', '.join(STRATEGIES)}")
-        if buffer_policy not in POLICIES:
-            raise ValueError(f"unknown buffer_policy {buffer_policy!r}; choose one of {', '.join(POLICIES)}")
+        if buffer_policy not in TASK_POLICIES:
+            raise ValueError(f"unknown buffer_policy {buffer_policy!r}; choose one of {', '.join(TASK_POLICIES)}")
         if replay_buffer_size < 1:
             raise ValueError(f"replay_buffer_size must be at least 1, got {replay_buffer_size}")
         if min_buffer_size < 1:
@@ -372,21 +509,56 @@ def load_algorithm(name, args=None) -> CLAlgorithm:
     return algorithm.from_args(args)
 
 
-def main():
+def show_laws():
+    """What each policy keeps of a stream whose labels come one after the other, the last of them rare."""
     rng = np.random.default_rng(0)
-    capacity, offers, runs = 5, 50, 4000
-    kept = np.zeros(offers)
-    for _ in range(runs):
-        buffer = Buffer(capacity)
-        for item in range(offers):
-            add(buffer, item, rng=rng)
-        kept[buffer.items] += 1
-    print(f"reservoir of {capacity}, {offers} offers, {runs} runs; each item should be kept {capacity / offers:.3f}")
-    for first in range(0, offers, 10):
-        share = kept[first : first + 10].mean() / runs
-        print(f"  items {first:2d} to {first + 9:2d}: kept {share:.3f} {'#' * round(400 * share)}")
-    drawn = [replay_count(4, 0.1, rng) for _ in range(runs)]
-    print(f"replay_count(4, 0.1): {np.mean(drawn):.3f} on average, {4 * 0.1 / 0.9:.3f} expected")
+    labels = [0] * 400 + [1] * 400 + [2] * 150 + [3] * 50
+    losses = rng.choice([0.1, 1.0], len(labels))
+    print("a stream of 1000 items in a buffer of 100, mean of 100 runs: items kept of each label, share of high losses")
+    print(f"{'offered':>12}  {'  '.join(f'label {k}: {n:4d}' for k, n in sorted(Counter(labels).items()))}  high 0.50")
+    for policy in POLICIES:
+        kept, high = np.zeros(4), 0.0
+        for _ in range(100):
+            buffer = Buffer(100)
+            for item, (label, loss) in enumerate(zip(labels, losses, strict=True)):
+                add(buffer, item, label=label, loss=loss, policy=policy, rng=rng)
+            kept += np.bincount(buffer.labels, minlength=4) / 100
+            high += np.mean(np.array(buffer.losses) > 0.5) / 100
+        print(f"{policy:>12}  {'  '.join(f'label {k}: {n:4.1f}' for k, n in enumerate(kept))}  high {high:.2f}")
+
+
+def benchmark(capacity=1000, offers=1_000_000):
+    """Prints seconds of offers to a full buffer, and accepted offers per second of each policy's choice of a slot."""
+    rng = np.random.default_rng(0)
+    buffer = Buffer(capacity)
+    for item in range(capacity):
+        add(buffer, item, label=item % 10, loss=rng.random(), rng=rng)
+    start = time.perf_counter()
+    for item in range(offers):
+        add(buffer, item, rng=rng)
+    print(f"reservoir of {capacity}: {offers} offers in {time.perf_counter() - start:.2f} s")
+    buffer.losses = rng.random(capacity).tolist()
+    buffer.labels = rng.integers(0, 10, capacity).tolist()
+    slots = {
+        "brs": lambda: brs_slot(buffer.labels, rng),
+        "lars": lambda: lars_slot(buffer.losses, rng),
+        "labrs": lambda: labrs_slot(buffer.losses, buffer.labels, rng),
+    }
+    for name, slot in slots.items():
+        start = time.perf_counter()
+        for _ in range(20_000):
+            slot()
+        print(f"{name} of {capacity}: {20_000 / (time.perf_counter() - start):.0f} accepted offers/s")
+
+
+def main():
+    if sys.argv[1:] == ["--benchmark"]:
+        benchmark()
+    elif sys.argv[1:]:
+        print(f"replay.py: unknown argument {sys.argv[1]!r}; there is --benchmark", file=sys.stderr)
+        raise SystemExit(2)
+    else:
+        show_laws()
 
 
 if __name__ == "__main__":

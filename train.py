@@ -152,7 +152,7 @@ class Args:
     replay_strategy: str = "random"
     """random, high_reward, recent or balanced"""
     buffer_policy: str = "reservoir"
-    """what a full buffer keeps"""
+    """what a full buffer keeps: reservoir (every task alike) or recent"""
     min_buffer_size: int = 10
     """a domain with fewer remembered tasks is not replayed"""
     replay_all_domains: bool = True
@@ -816,7 +816,7 @@ def check(args: Args):
         "lr_schedule": ("constant", "linear", "cosine"),
         "rollout_engine": grpo.ENGINES,
         "replay_strategy": replay.STRATEGIES,
-        "buffer_policy": replay.POLICIES,
+        "buffer_policy": replay.TASK_POLICIES,
         "user": (*oracle.USERS, "solo"),
     }
     for name, known in choices.items():

@@ -1,6 +1,7 @@
 """replay.py: the buffers' laws as distributions, the strategies, the ratio, and what algorithms remember."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,6 +48,151 @@ def test_full_buffer_keeps_its_size_and_parallel_lists():
     for i, item in enumerate(buffer.items):
         row = (buffer.labels[i], buffer.losses[i], buffer.rewards[i], buffer.order[i])
         assert row == (item % 2, item / 10, item / 50, item)
+
+
+def draws(slot, n, runs=20_000, seed=0):
+    """How often each of n slots was drawn, as a share."""
+    rng = np.random.default_rng(seed)
+    return np.bincount([slot(rng) for _ in range(runs)], minlength=n) / runs
+
+
+def near(found, expected, runs=20_000):
+    """Within five standard deviations everywhere."""
+    expected = np.asarray(expected)
+    return (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / runs) + 1e-12).all()
+
+
+def test_brs_draws_from_the_fullest_labels_alone():
+    # Two labels tie, 0 among them: each is chosen half the time, and within it every item alike.
+    found = draws(lambda rng: replay.brs_slot([0, "a", 0, "a", 7, 0, "a"], rng), 7)
+    assert near(found, [1 / 6, 1 / 6, 1 / 6, 1 / 6, 0, 1 / 6, 1 / 6])
+
+
+def test_brs_is_flat_for_plentiful_labels():
+    kept, runs = np.zeros(5), 60
+    rng = np.random.default_rng(0)
+    for _ in range(runs):
+        buffer = Buffer(100)
+        for item in range(1000):  # five labels, 0 among them, one after the other
+            add(buffer, item, label=item // 200, policy="brs", rng=rng)
+        kept += np.bincount(buffer.labels, minlength=5) / runs
+    assert np.abs(kept - 20).max() < 0.5
+
+
+def test_lars_weights_are_the_formula():
+    losses = [0.3, 1.0, 0.1, 0.6]
+    weights = np.array([1.0 - x + 0.9 / 4 for x in losses])
+    found = draws(lambda rng: replay.lars_slot(losses, rng), 4)
+    assert near(found, weights / weights.sum()) and found.min() > 0
+
+
+@pytest.mark.parametrize("slot", [replay.lars_slot, lambda x, rng: replay.labrs_slot(x, ["a"] * len(x), rng)])
+def test_equal_losses_are_the_reservoirs_choice(slot):
+    assert near(draws(lambda rng: slot([0.7] * 6, rng), 6), [1 / 6] * 6)
+
+
+def test_labrs_weights_are_the_formulas():
+    losses, labels = [0.0, 2.0, 0.5, 1.0, 1.0], ["a", "a", "a", "b", "c"]
+    balanced = np.array(
+        [1 - x / 2 + (1.0 if label == "a" else 0.0) + 1 / 5 for x, label in zip(losses, labels, strict=True)]
+    )
+    found = draws(lambda rng: replay.labrs_slot(losses, labels, rng), 5)
+    assert near(found, balanced / balanced.sum()) and found.min() > 0
+    sizes = np.array([3.0, 3.0, 3.0, 1.0, 1.0])
+    score = 0.5 * -np.array(losses) / (np.mean(losses) * sizes.mean()) + 0.5 * sizes
+    released = (score - score.min()) / (score.max() - score.min()) + 1 / 5
+    found = draws(lambda rng: replay.labrs_slot(losses, labels, rng, "released"), 5)
+    assert near(found, released / released.sum()) and found.min() > 0
+
+
+@pytest.mark.parametrize("policy, low, high", [("reservoir", 0.46, 0.54), ("lars", 0.96, 1.0)])
+def test_share_of_hard_items(policy, low, high):
+    rng, shares = np.random.default_rng(0), []
+    for _ in range(30):
+        buffer = Buffer(50)
+        for item in range(1000):
+            add(buffer, item, loss=[0.1, 1.0][rng.integers(2)], policy=policy, rng=rng)
+        shares.append(np.mean(np.array(buffer.losses) == 1.0))
+    assert low <= np.mean(shares) <= high
+
+
+def test_refreshed_losses_change_who_goes():
+    rng, buffer = np.random.default_rng(0), Buffer(4)
+    for item, loss in enumerate([0.1, 1.0, 1.0, 1.0]):
+        add(buffer, item, loss=loss, policy="lars", rng=rng)
+    before = draws(lambda rng: replay.lars_slot(buffer.losses, rng), 4)
+    replay.update_losses(buffer, [0, 2], [1.0, 0.1])
+    after = draws(lambda rng: replay.lars_slot(buffer.losses, rng), 4)
+    assert before.argmax() == 0 and after.argmax() == 2
+    assert buffer.losses == [1.0, 1.0, 0.1, 1.0]
+
+
+@pytest.mark.parametrize("policy", ["brs", "lars", "labrs"])
+def test_every_policy_has_the_reservoirs_gate(policy):
+    """Of the last offer to a full buffer, a share of capacity / offers gets in, whatever it is."""
+    accepted = 0
+    for run in range(2000):
+        rng, buffer = np.random.default_rng(run), Buffer(4)
+        for item in range(16):
+            slot = add(buffer, item, label=item % 2, loss=item, policy=policy, rng=rng)
+        accepted += slot is not None
+    assert abs(accepted / 2000 - 0.25) < 0.05
+
+
+def test_recent_keeps_the_latest():
+    rng, buffer = np.random.default_rng(0), Buffer(3)
+    for item in range(8):
+        add(buffer, item, policy="recent", rng=rng)
+    assert sorted(buffer.items) == [5, 6, 7]
+
+
+def test_bad_losses_and_lengths_are_named():
+    rng, buffer = np.random.default_rng(0), Buffer(2)
+    add(buffer, "x", loss=1.0, rng=rng)
+    add(buffer, "y", loss=2.0, rng=rng)
+    for call, message in (
+        (lambda: replay.lars_slot([1.0, float("nan")], rng), "finite, got nan"),
+        (lambda: replay.labrs_slot([1.0], ["a", "b"], rng), "1 losses for 2 labels"),
+        (lambda: replay.labrs_slot([1.0], ["a"], rng, "best"), "unknown scaling 'best'"),
+        (lambda: replay.update_losses(buffer, [0, 1], [1.0]), "1 losses for 2 items"),
+        (lambda: replay.update_losses(buffer, [0, 1], [3.0, float("inf")]), "finite, got inf"),
+        (lambda: add(buffer, "z", loss=float("nan"), policy="lars", rng=rng), "finite"),
+        (lambda: Buffer(-1), "at least 1, got -1"),
+        (lambda: Buffer(3, ["a"], [], [], [], []), "equally long"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert buffer.losses == [1.0, 2.0] and buffer.items == ["x", "y"]
+
+
+def test_buffers_are_saved_whole_or_not_at_all(tmp_path):
+    rng, buffer = np.random.default_rng(0), Buffer(3)
+    for n in range(7):
+        add(buffer, TaskRef("airline", str(n)), label="airline", loss=n / 7, reward=n / 10, rng=rng)
+    path = tmp_path / "buffer.jsonl"
+    assert replay.save_buffer(buffer, path) == 3
+    assert replay.load_buffer(path, lambda item: TaskRef(**item)) == buffer
+    lines = path.read_text().splitlines(keepends=True)
+    for damaged in (lines[:-1], [*lines[:-1], lines[-1][:-9]], ["[]\n"], []):
+        (tmp_path / "damaged").write_text("".join(damaged))
+        with pytest.raises(ValueError, match="not a whole buffer"):
+            replay.load_buffer(tmp_path / "damaged")
+    with pytest.raises(TypeError):
+        replay.save_buffer(Buffer(1, [object()], [0], [0.0], [0.0], [0], 1), path)
+    assert replay.load_buffer(path, lambda item: TaskRef(**item)) == buffer  # the earlier file is still there
+    good = replay.save_buffer(buffer, tmp_path / "good.jsonl", min_reward=0.5)
+    assert good == sum(reward >= 0.5 for reward in buffer.rewards)
+
+
+def test_offers_are_fast_enough():
+    """A tenth of the speed that `python replay.py --benchmark` shows on an idle machine, for a busy one."""
+    rng, buffer = np.random.default_rng(0), Buffer(1000)
+    for item in range(1000):
+        add(buffer, item, label=item % 10, loss=rng.random(), rng=rng)
+    start = time.perf_counter()
+    for item in range(100_000):
+        add(buffer, item, rng=rng)
+    assert time.perf_counter() - start < 3
 
 
 def filled(rewards, labels=None):
