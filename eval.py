@@ -147,10 +147,12 @@ def evaluate_tasks(
     at_once=256,
     label="evaluate",
     on_records=None,
+    on_finish=None,
     **sampling,
 ) -> dict:
     """{domain: metrics} for the given tasks, `at_once` conversations at a time on each rank; all ranks get it.
-    `sampling`: arguments of grpo.rollout; `on_records`: called with the list of all conversations' records.
+    `sampling`: arguments of grpo.rollout; `on_records`: called with the list of all conversations' records;
+    `on_finish(n)`: called on each rank when one of its conversations ends, and may raise to stop.
     Invalid episodes (environment errors) are counted and left out; StopRun above `max_invalid_share` of them.
 
     metrics: reward_mean, reward_std (over episodes), pass_rate, pass_hat_1 ... pass_hat_<num_trials>, tool_accuracy
@@ -163,11 +165,17 @@ def evaluate_tasks(
     generator = grpo.seeded_generator(model.device, seed, grpo.rank())
     records = []
     with tqdm(total=len(mine), desc=label, leave=False, disable=grpo.rank() > 0) as bar:
+
+        def count(finished):
+            bar.update(finished)
+            if on_finish is not None:
+                on_finish(finished)
+
         stride = at_once * grpo.world_size()
         for begin in range(0, len(jobs), stride):  # as often on every rank: sharded models are gathered each time
             batch = jobs[begin : begin + stride][grpo.rank() :: grpo.world_size()]
             episodes = [oracle.Episode(d, tasks_by_domain[d][i], user, max_turns) for d, i in batch]
-            played = grpo.rollout(model, tokenizer, episodes, generator=generator, on_finish=bar.update, **sampling)
+            played = grpo.rollout(model, tokenizer, episodes, generator=generator, on_finish=count, **sampling)
             records += [score_and_record(e, t) for e, t in zip(episodes, played, strict=True)]
     records = [record for part in grpo.all_gather_json(records) for record in part]
     stop_if_invalid(records, max_invalid_share)

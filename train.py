@@ -248,6 +248,7 @@ class Trainer:
     groups: list[Group] = field(default_factory=list)  # of this step, all ranks
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     demonstrations: dict = field(default_factory=dict)
+    signals: "Signals | None" = None
     started: float = field(default_factory=time.perf_counter)  # what `state["seconds"]` does not count yet
     state: dict = field(
         default_factory=lambda: {
@@ -600,6 +601,7 @@ def evaluate(trainer: Trainer, stage, domains) -> dict[str, float]:
         num_trials=max(1, args.eval_trials // 2) if look else args.eval_trials,
         max_invalid_share=args.max_invalid_share,
         on_records=record,
+        on_finish=trainer.signals.leave_evaluation,
         user=args.user,
         max_turns=args.max_turns,
         seed=trainer.generator(2 + ("check", "warmup", "baseline", "domain").index(stage)).initial_seed(),
@@ -755,7 +757,8 @@ def load_checkpoint(trainer: Trainer, folder: Path, saved: dict):
 
 
 class Signals:
-    """SIGINT and SIGTERM ask the run to save and stop at the next step; a second SIGINT stops it at once."""
+    """SIGINT and SIGTERM ask the run to save and stop: behind the step in progress, or at once in an evaluation, before
+    which it was saved. A second SIGINT stops it at once."""
 
     def __init__(self):
         self.received = 0
@@ -776,6 +779,10 @@ class Signals:
         if number:
             save_checkpoint(trainer)
             raise Interrupted(number)
+
+    def leave_evaluation(self, finished):
+        if self.received:
+            raise Interrupted(self.received)
 
     def restore(self):
         for number, handler in self.previous.items():
@@ -951,9 +958,9 @@ def new_run(args: Args, train_tasks, eval_tasks) -> Path:
     return run
 
 
-def run_stages(trainer: Trainer, signals: Signals):
+def run_stages(trainer: Trainer):
     """The whole run, from wherever the trainer's state says it is."""
-    args, state = trainer.args, trainer.state
+    args, state, signals = trainer.args, trainer.state, trainer.signals
     if state["stage"] == "baseline":
         save_checkpoint(trainer)
         state["baseline"] = evaluate(trainer, "baseline", args.task_order)
@@ -1065,11 +1072,11 @@ def train(args: Args) -> dict:
         changed = {name: value for name, value in TINY.items() if getattr(args, name) == value}
         say("settings of the embedded policy: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
     say(f"writing {trainer.run}")
-    signals = Signals()
+    trainer.signals = Signals()
     try:
-        run_stages(trainer, signals)
+        run_stages(trainer)
     finally:
-        signals.restore()
+        trainer.signals.restore()
     summary = summarize(trainer)
     if grpo.rank() == 0:
         write_json(trainer.run / "summary.json", summary)

@@ -480,6 +480,26 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(number, step, code, never
         assert a == b
 
 
+def test_a_signal_in_an_evaluation_stops_it_at_once_and_loses_nothing(never_stopped, tmp_path, monkeypatch):
+    folder, flags = never_stopped
+    ended, leave = [], train.Signals.leave_evaluation
+
+    def interrupt(self, finished):
+        ended.append(finished)
+        if len(ended) == 11:  # 4 conversations of the baseline and 2 of the warm start precede the first domain's 4
+            os.kill(os.getpid(), signal.SIGTERM)
+        leave(self, finished)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Signals, "leave_evaluation", interrupt)
+        with pytest.raises(train.Interrupted):
+            train.train(parse_args([*flags, "--runs_dir", str(tmp_path), "--run_name", "stopped"]))
+    assert len(ended) == 11
+    train.train(parse_args(["--resume", str(tmp_path / "stopped")]))
+    for a, b in zip(comparable(folder / "whole"), comparable(tmp_path / "stopped"), strict=True):
+        assert a == b
+
+
 def test_runs_killed_at_ten_random_moments_end_as_if_they_had_not_been(never_stopped, tmp_path):
     folder, flags = never_stopped
     whole = comparable(folder / "whole")
