@@ -455,6 +455,10 @@ def main():
             return
         if args.model_name_or_path is None:
             raise ValueError("name a model with --model_name_or_path, or runs with --compare")
+        if not args.domains or len(set(args.domains)) != len(args.domains):
+            raise ValueError(f"domains must name each domain once, got {args.domains}")
+        if args.output and not Path(args.output).absolute().parent.is_dir():
+            raise ValueError(f"output {args.output}: there is no such directory")
         config = _run_config(args.model_name_or_path)
 
         def setting(name, otherwise):

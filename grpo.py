@@ -18,6 +18,7 @@ import copy
 import datetime
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -57,7 +58,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import ContinuousBatchingConfig
 
 transformers.utils.logging.disable_progress_bar()
-logging.getLogger("transformers").setLevel(logging.ERROR)
+for library in ("transformers", "huggingface_hub"):
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo")
 PER_SEQUENCE = ("grpo", "dr_grpo", "gspo")  # losses that are a mean over sequences; the others over tokens
@@ -187,6 +189,7 @@ def load_policy(
             raise ValueError(f"unknown dtype {value!r}; choose one of {', '.join(DTYPES)}")
     if lora_rank < 0:
         raise ValueError(f"lora_rank must be 0 (train every weight) or more, got {lora_rank}")
+    _check_directory(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kept = DTYPES[dtype if lora_rank else weights_dtype]
     try:
@@ -232,12 +235,26 @@ def load_policy(
     return model, tokenizer
 
 
+def _check_directory(name_or_path):
+    """Raises ValueError for a path that is not there, or an adapter whose base model is not."""
+    path = Path(name_or_path)
+    if (path.is_absolute() or name_or_path.startswith(".")) and not path.is_dir():
+        raise ValueError(f"cannot load a model from {name_or_path!r}: there is no such directory")
+    config = path / "adapter_config.json"
+    if config.is_file():
+        base = json.loads(config.read_text()).get("base_model_name_or_path") or ""
+        if Path(base).is_absolute() and not Path(base).is_dir():
+            raise ValueError(f"cannot load the adapter {name_or_path}: its base model {base} is not there")
+
+
 def _add_lora(model, rank, seed):
     """Adapters on the linear layers, in place (a loaded one is trained on): the model keeps its class and names."""
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError("lora_rank needs the package peft; pip install peft") from error
+    if rank > model.config.hidden_size:
+        raise ValueError(f"lora_rank must be at most the model's width of {model.config.hidden_size}, got {rank}")
     if not getattr(model, "_hf_peft_config_loaded", False):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -760,14 +777,11 @@ def rollout(
     (`python grpo.py` measures both). With a sharded model every rank must call, with episodes or without.
     An exception of `episode.act` makes the trajectory invalid, with the error's text.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
-    if engine == "auto":
-        engine = "paged" if model.device.type == "cuda" else "padded"
+    engine = choose_engine(model, engine)
     # Sharded weights are gathered, and continuous batching runs in a thread of its own, outside autocast.
     uniform = {p.dtype for p in model.parameters()} == {getattr(model, "compute_dtype", model.dtype)}
     if is_sharded(model) or (engine == "paged" and not uniform):
@@ -785,6 +799,20 @@ def rollout(
 
 
 ENGINES = ("auto", "padded", "paged")
+
+
+def choose_engine(model, engine="auto") -> str:
+    """What "auto" stands for. Raises ValueError for an unknown engine, or one that the model's attention rules out."""
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
+    if engine == "auto":
+        engine = "paged" if torch.cuda.is_available() else "padded"
+    attention = model.config._attn_implementation
+    if engine == "padded" and attention not in ("eager", "sdpa"):
+        raise ValueError(f"padded rollouts need the attention eager or sdpa, not {attention}")
+    if engine == "paged" and not (attention in ("eager", "sdpa") or "flash" in attention):
+        raise ValueError(f"paged rollouts need the attention eager, sdpa or a flash one, not {attention}")
+    return engine
 
 
 def context_length(model, max_context=None) -> int:
@@ -805,8 +833,6 @@ def _play_padded(model, tokenizer, active, temperature, generator):
     """All conversations sample one token per forward pass; those that have been answered read the answer first, in a
     pass of their own. Equal prompts are read once."""
     device = model.device
-    if model.config._attn_implementation not in ("eager", "sdpa"):
-        raise ValueError(f"padded rollouts need eager or sdpa attention, not {model.config._attn_implementation}")
     prompts = [tuple(c.trajectory.token_ids) for c in active]
     distinct = sorted(set(prompts))
     cache = _new_cache(model)
@@ -861,6 +887,8 @@ def _play_padded(model, tokenizer, active, temperature, generator):
     sampled = [[] for _ in active]  # of the turn in progress: (token, log-probability)
     pending = [[] for _ in active]  # to be read before the next token
     while True:
+        if not logits_BV.isfinite().all():
+            raise ValueError("the policy's logits are not finite; its weights have diverged, lower the learning rate")
         logprobs_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(-1)
         if temperature > 0:
             tokens_B = torch.multinomial(logprobs_BV.exp(), 1, generator=generator)
@@ -1219,7 +1247,7 @@ class Benchmark:
     dtype: str | None = None
     """float32 or bfloat16; default: bfloat16 on a GPU, float32 elsewhere"""
     attn_implementation: str | None = None
-    """eager, sdpa, flash_attention_2, ..."""
+    """eager or sdpa; default: what transformers chooses"""
     tasks: int = 4
     """different tasks; all conversations share the prompt but for its last tokens"""
     samples: int = 4
@@ -1247,13 +1275,13 @@ class Benchmark:
 class TimedEpisode:
     """A conversation of fixed length: a long shared prompt, a short task, and an answer to every turn but the last."""
 
-    domain, tools = "benchmark", []
+    domain, system, tools = "benchmark", "", []
 
     def __init__(self, number, args, tokenizer):
         self.task = types.SimpleNamespace(id=number)
         self.words = np.random.default_rng([args.seed, number])
         self.args, self.tokenizer = args, tokenizer
-        self.system = self.text(args.prompt_tokens, np.random.default_rng(args.seed))
+        self.prompt = self.text(args.prompt_tokens, np.random.default_rng(args.seed))
         self.messages, self.done, self.termination = [], False, ""
 
     def text(self, tokens, rng):
@@ -1261,7 +1289,7 @@ class TimedEpisode:
         return self.tokenizer.decode(ids[:tokens])
 
     def opening(self):
-        return [{"role": "system", "content": self.system}, {"role": "user", "content": self.text(16, self.words)}]
+        return [{"role": "user", "content": f"{self.prompt} {self.text(16, self.words)}"}]
 
     def act(self, message):
         self.messages.append(message)
@@ -1344,16 +1372,18 @@ def benchmark_rollouts(args, model, tokenizer):
         lambda module, inputs, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     chat = ChatFormat.of(tokenizer)
+    length = args.prompt_tokens + args.turns * (args.new_tokens + 2 * args.tool_tokens) + 256
 
     def play(how):
         computed.clear()
         episodes = [TimedEpisode(n, args, tokenizer) for n in range(args.tasks) for _ in range(args.samples)]
         generator = torch.Generator(model.device).manual_seed(args.seed)
         if how != "generate":
-            played = rollout(model, tokenizer, episodes, 1.0, args.new_tokens, generator=generator, engine=how)
+            limits = {"max_new_tokens": args.new_tokens, "max_context": length}
+            played = rollout(model, tokenizer, episodes, **limits, generator=generator, engine=how)
         else:
             cut = {"tool": None, "user": None}
-            started = [_Conversation(e, chat, args.new_tokens, 2**20, cut, None) for e in episodes]
+            started = [_Conversation(e, chat, args.new_tokens, length, cut, None) for e in episodes]
             with torch.no_grad(), autocast(model):
                 _play_generate(model, tokenizer, started, 1.0, generator)
             played = [c.trajectory for c in started]
@@ -1418,13 +1448,31 @@ def benchmark_update(args, model):
         print(f"\nmodel FLOP utilisation of the update: {share:.1%} of {args.peak_tflops:.0f} TFLOP/s")
 
 
+def check_benchmark(args):
+    """Raises ValueError for settings that cannot be timed."""
+    counts = "tasks samples turns prompt_tokens new_tokens tool_tokens repeats peak_tflops"
+    bounds = dict.fromkeys(counts.split(), ("greater than 0", lambda x: x > 0))
+    bounds["update_tokens"] = ("at least 2", lambda x: x >= 2)
+    bounds["layers"] = ("greater than 0", lambda x: x is None or x > 0)
+    bounds["action_share"] = ("in (0, 1]", lambda x: 0 < x <= 1)
+    bounds["seed"] = ("0 or more", lambda x: 0 <= x < 2**63)
+    bounds["shape"] = (f"one of {', '.join(SHAPES)}", lambda x: x in SHAPES)
+    bounds["dtype"] = (f"one of {', '.join(DTYPES)}", lambda x: x is None or x in DTYPES)
+    bounds["attn_implementation"] = ("eager or sdpa", lambda x: x in (None, "eager", "sdpa"))
+    for name, (wanted, holds) in bounds.items():
+        if not holds(getattr(args, name)):
+            raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)}")
+
+
 def main():
     import tyro
 
     args = tyro.cli(Benchmark)
-    if args.shape not in SHAPES:
-        print(f"grpo.py: unknown shape {args.shape!r}; choose one of {', '.join(SHAPES)}", file=sys.stderr)
-        raise SystemExit(2)
+    try:
+        check_benchmark(args)
+    except ValueError as error:
+        print(f"grpo.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     torch.manual_seed(args.seed)
@@ -1437,7 +1485,7 @@ def main():
         num_hidden_layers=args.layers or layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=32768,
+        max_position_embeddings=2**17,
         tie_word_embeddings=args.shape != "7b",
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

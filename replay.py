@@ -9,6 +9,7 @@ To change what is kept, change `add`; what is replayed, `sample`; how much, `rep
 class of your own (a subclass of CLAlgorithm) runs with `python train.py --cl_algorithm path/to/file.py:MyClass`.
 """
 
+import argparse
 import importlib.util
 import inspect
 import json
@@ -552,11 +553,10 @@ def benchmark(capacity=1000, offers=1_000_000):
 
 
 def main():
-    if sys.argv[1:] == ["--benchmark"]:
+    parser = argparse.ArgumentParser(description="Shows what each buffer policy keeps of a stream.")
+    parser.add_argument("--benchmark", action="store_true", help="offers per second instead")
+    if parser.parse_args().benchmark:
         benchmark()
-    elif sys.argv[1:]:
-        print(f"replay.py: unknown argument {sys.argv[1]!r}; there is --benchmark", file=sys.stderr)
-        raise SystemExit(2)
     else:
         show_laws()
 

@@ -22,6 +22,8 @@ import signal
 import sys
 import time
 import traceback
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -231,6 +233,25 @@ class Group:
         return len({r for r in self.rewards if r is not None}) > 1
 
 
+STAGES = ("baseline", "warmup", "grpo", "evaluate")  # the first once, the others for each domain
+
+
+def initial_state() -> dict:
+    """Where a run is; JSON, saved in its checkpoints."""
+    return {
+        "domain_index": 0,
+        "stage": "baseline",
+        "step": 0,  # within the stage
+        "global_step": 0,  # GRPO steps so far
+        "skipped_in_a_row": 0,  # updates without a finite gradient
+        "seconds": 0.0,
+        "ranks": grpo.world_size(),
+        "baseline": {},
+        "warm_start": {},
+        "R": [],
+    }
+
+
 @dataclass
 class Trainer:
     """All there is in a run; hooks of an algorithm get it."""
@@ -250,20 +271,7 @@ class Trainer:
     demonstrations: dict = field(default_factory=dict)
     signals: "Signals | None" = None
     started: float = field(default_factory=time.perf_counter)  # what `state["seconds"]` does not count yet
-    state: dict = field(
-        default_factory=lambda: {
-            "domain_index": 0,
-            "stage": "baseline",  # baseline, then for each domain warmup, grpo, evaluate
-            "step": 0,  # within the stage
-            "global_step": 0,  # GRPO steps so far
-            "skipped_in_a_row": 0,  # updates without a finite gradient
-            "seconds": 0.0,
-            "ranks": grpo.world_size(),
-            "baseline": {},
-            "warm_start": {},
-            "R": [],
-        }
-    )
+    state: dict = field(default_factory=initial_state)
 
     @property
     def domain(self):
@@ -725,7 +733,14 @@ def read_checkpoint(folder: Path) -> dict:
             found = (folder / name).stat().st_size if (folder / name).exists() else None
             if found != size:
                 raise ValueError(f"{name} has {found} bytes, expected {size}")
-    except (ValueError, KeyError, OSError) as error:
+        for name, size in saved["logs"].items():
+            log_file = folder.parent.parent / name
+            if not 0 <= size <= (log_file.stat().st_size if log_file.exists() else 0):
+                raise ValueError(f"{name} is shorter than the {size} bytes that were logged before it")
+        missing = set(initial_state()) - set(saved["state"])
+        if missing or saved["state"]["stage"] not in STAGES:
+            raise ValueError(f"its state.json has no {', '.join(sorted(missing)) or 'known stage'}")
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise damaged(folder, error) from error
     return saved
 
@@ -801,8 +816,9 @@ def check(args: Args):
     files = "checkpoint_every keep_checkpoints warmup_check_every"
     rates = "learning_rate warmup_learning_rate max_grad_norm temperature"
     bounds = dict.fromkeys(f"{counts} {files} {rates}".split(), ("greater than 0", lambda x: 0 < x < math.inf))
-    for name in ("num_steps_per_task", "warmup_steps", "kl_coef", "seed", "lora_rank", "lr_warmup_steps"):
+    for name in ("num_steps_per_task", "warmup_steps", "kl_coef", "lora_rank", "lr_warmup_steps"):
         bounds[name] = ("0 or more", lambda x: 0 <= x < math.inf)
+    bounds["seed"] = ("in [0, 2**63)", lambda x: 0 <= x < 2**63)
     for name in ("gamma", "max_invalid_share"):
         bounds[name] = ("in [0, 1]", lambda x: 0 <= x <= 1)
     for name in ("forgetting_threshold", "adaptation_rate", "epsilon_low"):
@@ -868,14 +884,14 @@ def set_up(args: Args, device="cpu") -> Trainer:
             raise ValueError(f"cannot resume {run}: there is no {run / 'config.json'}")
         if (run / "report.md").exists():
             raise ValueError(f"cannot resume {run}: it is finished; see {run / 'report.md'}")
+        args, config = read_config(run, args.resume)
         if checkpoints(run):  # a run killed before its first one begins again
             folder = checkpoints(run)[-1]
             saved = read_checkpoint(folder)
-        known = {f.name for f in dataclasses.fields(Args)}
-        config = json.loads((run / "config.json").read_text())
-        args = Args(**{**{k: v for k, v in config.items() if k in known}, "resume": args.resume})
     check(args)
     train_tasks, eval_tasks = select_tasks(args)
+    if args.resume and config["train_tasks"] != task_ids(train_tasks):
+        raise ValueError(f"cannot resume {run}: the train_tasks of its config.json are not those of this tau2")
     algorithm = replay.load_algorithm(args.cl_algorithm, args)
     corpus = None
     if args.model_name_or_path == "tiny":
@@ -907,6 +923,7 @@ def set_up(args: Args, device="cpu") -> Trainer:
     model, tokenizer = load(folder or args.model_name_or_path, 0 if embedded_lora else args.lora_rank)
     if keep_initial and folder is None:
         initial = grpo.snapshot(model)
+    grpo.choose_engine(model, args.rollout_engine)
     for domain, tasks in [*train_tasks.items(), *eval_tasks.items()]:
         for task in tasks:
             episode = oracle.Episode(domain, task, args.user, args.max_turns)
@@ -939,6 +956,26 @@ def set_up(args: Args, device="cpu") -> Trainer:
     return trainer
 
 
+def task_ids(tasks) -> dict:
+    return {domain: [task.id for task in tasks[domain]] for domain in tasks}
+
+
+def read_config(run, resume) -> tuple[Args, dict]:
+    """(settings, whole contents) of a run's config.json. ValueError for what is no such file."""
+    path = run / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        saved = {f.name: config[f.name] for f in dataclasses.fields(Args)}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"cannot resume {run}: {path} is damaged ({type(error).__name__}: {error})") from error
+    for name, kind in typing.get_type_hints(Args).items():
+        allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (typing.get_origin(kind) or kind,)
+        value = saved[name]
+        if not (isinstance(value, allowed) or (float in allowed and type(value) is int)):
+            raise ValueError(f"cannot resume {run}: {name} in {path} is {value!r}, which is no {kind}")
+    return Args(**{**saved, "resume": resume}), config
+
+
 def new_run(args: Args, train_tasks, eval_tasks) -> Path:
     """Makes the run's directory with its settings. ValueError where there is one of that name."""
     algorithm_name = args.cl_algorithm.rpartition(":")[2]
@@ -950,8 +987,7 @@ def new_run(args: Args, train_tasks, eval_tasks) -> Path:
     if grpo.rank() == 0:
         (run / "checkpoints").mkdir(parents=True)
         config = {**dataclasses.asdict(args), "run_name": name}
-        for kind, tasks in (("train_tasks", train_tasks), ("eval_tasks", eval_tasks)):
-            config[kind] = {domain: [task.id for task in tasks[domain]] for domain in tasks}
+        config.update(train_tasks=task_ids(train_tasks), eval_tasks=task_ids(eval_tasks))
         write_json(run / "config.json", config)
     if grpo.world_size() > 1:
         dist.barrier()
@@ -1124,7 +1160,7 @@ def main():
 def report(text, rank_0_only=False):
     where = f"[rank {grpo.rank()}] " if grpo.rank() > 0 else ""
     if not where or not rank_0_only:
-        print(f"\n{where}{text}" if rank_0_only else f"{where}{text}", file=sys.stderr, flush=True)
+        tqdm.write(f"\n{where}{text}" if rank_0_only else f"{where}{text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

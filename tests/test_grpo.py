@@ -890,8 +890,40 @@ def test_the_benchmark_compares_the_ways():
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] > 0
 
 
-def test_the_benchmark_names_a_shape_it_does_not_know(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["grpo.py", "--shape", "13b"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--shape 13b",
+        "--turns 0",
+        "--repeats 0",
+        "--layers -1",
+        "--dtype float8",
+        "--action_share 0",
+        "--update_tokens 1",
+    ],
+)
+def test_the_benchmark_names_what_cannot_be_timed(flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *flags.split()])
     with pytest.raises(SystemExit) as stop:
         grpo.main()
-    assert stop.value.code == 2 and "13b" in capsys.readouterr().err
+    name, value = flags.removeprefix("--").split()
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and len(shown.splitlines()) == 1
+    assert shown.startswith(f"grpo.py: {name} must be ") and f", got {value}" in shown
+
+
+def test_a_policy_that_has_diverged_is_named(tiny):
+    model = copy.deepcopy(tiny[0])
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        play((model, tiny[1]), [Chatter(1)])
+
+
+def test_a_path_that_is_not_there_is_no_name_of_the_hub(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/no/base"}))
+    for path, message in (("/no/such", "no such directory"), ("./no", "no such directory"), (tmp_path, "/no/base")):
+        with pytest.raises(ValueError, match=message):
+            grpo.load_policy(str(path), "float32", "cpu")
+    with pytest.raises(ValueError, match="at most the model's width of 128"):
+        grpo.load_policy("tiny", "float32", "cpu", lora_rank=500)

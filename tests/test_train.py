@@ -628,11 +628,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, mo
     # Right size, wrong content.
     (folders[-1] / "optimizer.safetensors").write_bytes(bytes(state["sizes"]["optimizer.safetensors"]))
     assert "damaged" in fail(monkeypatch, capsys, "--resume", str(tmp_path / "r"))
+    for spoilt in ({**state, "logs": {"metrics.jsonl": 10**9}}, {**state, "state": {}}, {**state, "sizes": []}, [], 3):
+        (folders[-1] / "state.json").write_text(json.dumps(spoilt))
+        assert "damaged" in fail(monkeypatch, capsys, "--resume", str(tmp_path / "r"))
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    for name, value in (("seed", "x"), ("num_iterations", 1.5), ("lora_rank", None)):
+        (tmp_path / "r" / "config.json").write_text(json.dumps({**config, name: value}))
+        (folders[-1] / "state.json").write_text(json.dumps(state))
+        assert name.split("_")[-1] in fail(monkeypatch, capsys, "--resume", str(tmp_path / "r"))
+    (tmp_path / "r" / "config.json").write_text(json.dumps(config))
     (folders[-1] / "state.json").write_text("{")
     assert folders[-1].name in fail(monkeypatch, capsys, "--resume", str(tmp_path / "r"))
     for path in folders[-1].iterdir():
         path.unlink()
     folders[-1].rmdir()
+    (tmp_path / "r" / "config.json").write_text(json.dumps({**config, "train_tasks": {}}))
+    assert "train_tasks" in fail(monkeypatch, capsys, "--resume", str(tmp_path / "r"))
+    (tmp_path / "r" / "config.json").write_text(json.dumps(config))
     train.train(Args(resume=str(tmp_path / "r")))
     assert (tmp_path / "r" / "summary.json").exists()
 
@@ -681,6 +693,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
         ("--num_steps_per_task many", "many"),
         ("--no_such_flag 1", "no_such_flag"),
         ("--rollout_engine fast", "fast"),
+        ("--attn_implementation flex_attention", "flex_attention"),
+        ("--seed 9223372036854775808", "seed"),
         ("--lr_schedule step", "step"),
         ("--kl_reference first", "first"),
         ("--micro_batch_tokens 0", "micro_batch_tokens"),
