@@ -301,7 +301,11 @@ class CLAlgorithm:
         return new_tasks
 
     def extra_loss(self, trainer):
-        """A scalar tensor to add to the step's loss, or None."""
+        """A scalar tensor to add to the step's loss, or None; asked before every optimiser step of GRPO.
+
+        Every rank computes the same, or its share of a mean over ranks: the ranks' tensors are averaged. A penalty on
+        the weights takes them from grpo.trained_parameters(trainer.model), which also serves sharded ones.
+        """
         return None
 
     def post_step_hook(self, trainer, domain):
