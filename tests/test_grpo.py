@@ -416,10 +416,8 @@ def test_rollout_logprobs_are_those_of_a_full_forward_pass(tiny, temperature, en
         assert mask.any()
         torch.testing.assert_close(torch.tensor(t.logprobs)[mask], full[mask], atol=1e-4, rtol=0)
         assert [x for x, m in zip(t.logprobs, t.action_mask, strict=True) if not m] == [0.0] * int((~mask).sum())
-    first = policy_loss(
-        *(torch.tensor([t.logprobs])[:, :] for _ in range(2)), torch.ones(1), torch.tensor([t.action_mask])
-    )[1]
-    assert (first["ratio_min"], first["ratio_max"]) == (1.0, 1.0)
+        _, first = policy_loss(full[None], torch.tensor([t.logprobs]), torch.ones(1), mask[None])
+        assert (first["ratio_min"], first["ratio_max"]) == pytest.approx((1.0, 1.0), abs=1e-4)
 
 
 def test_the_most_likely_tokens_are_the_same_whichever_way_they_are_decoded(tiny):
@@ -453,7 +451,8 @@ def test_a_conversations_tokens_are_computed_once(tiny, engine):
     hook.remove()
     distinct = {tuple(t.token_ids[:end]) for t in trajectories for end in range(1, len(t.token_ids) + 1)}
     assert min(len(t.token_ids) for t in trajectories) > 1000
-    assert sum(fed) / len(distinct) <= 1.15 if engine == "paged" else 1.1
+    limit = 1.15 if engine == "paged" else 1.1
+    assert 0.9 <= sum(fed) / len(distinct) <= limit
 
 
 @pytest.mark.parametrize("engine", ["padded", "paged"])

@@ -353,6 +353,7 @@ def test_the_gradient_does_not_depend_on_ranks_or_shards(tmp_path):
             found = json.loads(Path(f"{path}.json").read_text())
             assert {n: found[n] for n in names} == pytest.approx({n: stats[n] for n in names}, rel=1e-4, abs=1e-6)
     lora = lora_step(str(tmp_path / "law.base"))
+    assert len([*tmp_path.glob("law.lora.*")]) == len([*tmp_path.glob("law.penalty.*")]) == 4
     for path in tmp_path.glob("law.lora.*"):
         assert apart(torch.load(path, weights_only=True), lora) < 0.02, path  # bfloat16
     for path in tmp_path.glob("law.penalty.*"):
