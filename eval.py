@@ -10,6 +10,7 @@ import datetime
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -227,7 +228,7 @@ def text_matrix(summary) -> str:
     width = max(len(name) for name in order) + 2
     lines = [" " * 18 + "".join(f"{name:>{width}s}" for name in order)]
     rows = [("before training", [summary["baseline"][d] for d in order])]
-    rows += [(f"after {d}", row) for d, row in zip(order, summary["R"], strict=True)]
+    rows += [(f"after {stage}", row) for stage, row in zip(summary["stages"], summary["R"], strict=True)]
     rows += [("doing nothing", [summary["do_nothing_rate"][d] for d in order])]
     for name, values in rows:
         lines.append(f"{name:18s}" + "".join(f"{value:{width}.2f}" for value in values))
@@ -238,7 +239,7 @@ def plot_transfer_matrix(summary, path):
     plt = _pyplot()
     order = summary["task_order"]
     rows = [[summary["baseline"][d] for d in order], *summary["R"], [summary["do_nothing_rate"][d] for d in order]]
-    names = ["before training", *[f"after {d}" for d in order], "doing nothing"]
+    names = ["before training", *[f"after {stage}" for stage in summary["stages"]], "doing nothing"]
     figure, axes = plt.subplots(figsize=(3.6, 0.42 * len(rows) + 1.0), layout="constrained")
     axes.imshow(rows, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(order)), order)
@@ -292,11 +293,10 @@ def plot_learning_curves(records, summary, path):
                 label=domain if face != "white" else None,
             )
     previous = 0
-    for r in evaluations[1:]:
-        if r["stage"] == "domain":
-            axes.axvline(r["global_step"], color="0.5", linewidth=0.8, linestyle=":")
-            axes.text((previous + r["global_step"]) / 2, 1.06, f"training {r['domain']}", ha="center", fontsize=8)
-            previous = r["global_step"]
+    for stage, r in zip(summary["stages"], [r for r in evaluations if r["stage"] == "domain"], strict=True):
+        axes.axvline(r["global_step"], color="0.5", linewidth=0.8, linestyle=":")
+        axes.text((previous + r["global_step"]) / 2, 1.06, f"training {stage}", ha="center", fontsize=8)
+        previous = r["global_step"]
     axes.set(xlabel="optimiser step", ylabel="mean reward", ylim=(-0.03, 1.03))
     title = "lines: rollouts\nfilled: evaluation\nhollow: warm start"
     legend = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False}
@@ -326,7 +326,7 @@ def write_report(run):
     lines = [f"# {run.name}", "", f"{summary['cl_algorithm']} on {' -> '.join(order)}: {summary['note']}", ""]
     lines += ["| mean reward | " + " | ".join(order) + " |", "|---" * (len(order) + 1) + "|"]
     rows = [("before training", [summary["baseline"][d] for d in order])]
-    rows += [(f"after {d}", row) for d, row in zip(order, summary["R"], strict=True)]
+    rows += [(f"after {stage}", row) for stage, row in zip(summary["stages"], summary["R"], strict=True)]
     rows += [("doing nothing", [summary["do_nothing_rate"][d] for d in order])]
     lines += [f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |" for name, values in rows]
     shown = (
@@ -361,7 +361,8 @@ def write_report(run):
 
 def compare(runs) -> str:
     """A Markdown table of runs grouped by configuration: mean and 95% interval over seeds of each metric, minutes,
-    and time as a ratio to sequential. Runs that differ in more than seed and name are different rows."""
+    time as a ratio to sequential, and kilobytes remembered. Runs that differ in more than seed and name are different
+    rows, named by the settings in which they differ from most."""
     groups = {}
     for run in runs:
         path = Path(run) / "summary.json"
@@ -373,23 +374,23 @@ def compare(runs) -> str:
     groups = list(groups.values())
     base = [g for g in groups if g[0]["cl_algorithm"] == "sequential"]
     base_minutes = np.mean([s["minutes"] for s in base[0]]) if base else None
-    varying = [
-        key
+    usual = {
+        key: Counter(json.dumps(g[0]["config"].get(key)) for g in groups).most_common(1)[0][0]
         for key in groups[0][0]["config"]
-        if len({json.dumps(g[0]["config"].get(key)) for g in groups}) > 1
-        and key not in ("cl_algorithm", "seed", "run_name", "resume", "runs_dir")
-    ]
-    lines = [
-        "| algorithm | seeds | forgetting | average | backward transfer | least lift by GRPO | minutes | time / seq. |",
-        "|---" * 8 + "|",
-    ]
+        if key not in ("cl_algorithm", "seed", "run_name", "resume", "runs_dir")
+    }
+    names = ["algorithm", "seeds", "forgetting", "average", "backward transfer", "least lift by GRPO", "minutes"]
+    names += ["time / seq.", "kept, kB"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
 
     def cell(values):
         mean, half = interval(values)
         return f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}"
 
     for group in groups:
-        name = group[0]["cl_algorithm"] + "".join(f", {key} {group[0]['config'].get(key)}" for key in varying)
+        config = group[0]["config"]
+        other = [key for key in usual if json.dumps(config.get(key)) != usual[key]]
+        name = ", ".join([group[0]["cl_algorithm"], *[f"{key} {config.get(key)}" for key in other]])
         domains = [d for d in group[0]["task_order"] if d in group[0]["warm_start"]]
         lifts = {
             d: np.mean([s["R"][s["task_order"].index(d)][s["task_order"].index(d)] - s["warm_start"][d] for s in group])
@@ -400,7 +401,11 @@ def compare(runs) -> str:
         ratio = f"{np.mean(minutes) / base_minutes:.2f}" if base_minutes else ""
         columns = [cell([s["metrics"][m] for s in group]) for m in ("forgetting", "average", "backward_transfer")]
         columns += [f"{lifts[least]:+.2f} ({least})" if least else "", cell(minutes), ratio]
+        columns.append(f"{np.mean([s['bytes_kept'] for s in group]) / 1000:.1f}")
         lines.append(f"| {name} | {len(group)} | " + " | ".join(columns) + " |")
+    varied = [key for key in usual if len({json.dumps(g[0]["config"].get(key)) for g in groups}) > 1]
+    if varied:
+        lines += ["", "Where not named: " + ", ".join(f"{key} {json.loads(usual[key])}" for key in varied) + "."]
     return "\n".join(lines)
 
 

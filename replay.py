@@ -280,9 +280,13 @@ class CLAlgorithm:
     """What happens to a batch, a loss and a policy besides GRPO itself. Every rank holds the same state and makes the
     same draws, on the whole batch of all ranks; ranks then share the batch out.
 
+    all_domains: batches are drawn from every domain from the start, in as many stages as there are domains.
+
     trainer.groups: this step's groups on all ranks (task: TaskRef, replayed: bool, rewards: list of float, None
     where invalid); trainer.scores: {domain: mean reward} of the last evaluation; trainer.step, trainer.model, ...
     """
+
+    all_domains = False
 
     @classmethod
     def from_args(cls, args):
@@ -317,6 +321,11 @@ class CLAlgorithm:
     def get_statistics(self) -> dict:
         return {}
 
+    def bytes_kept(self) -> int:
+        """The size of what is remembered, as it is saved."""
+        state = self.state_dict()
+        return len(json.dumps(state)) if state else 0
+
     def state_dict(self) -> dict:
         """Everything that a resumed run needs, as JSON."""
         return {}
@@ -328,6 +337,13 @@ class CLAlgorithm:
 
 class SequentialCL(CLAlgorithm):
     """One domain after another and nothing against forgetting: the baseline."""
+
+
+class JointCL(CLAlgorithm):
+    """All domains at once, for as many steps as the sequence of them takes: what a method that forgets nothing and
+    learns as well could reach."""
+
+    all_domains = True
 
 
 class ReplayCL(CLAlgorithm):
@@ -487,7 +503,7 @@ class AdaptiveReplayCL(ReplayCL):
         self.best, self.recent = state["best"], state["recent"]
 
 
-ALGORITHMS = {"sequential": SequentialCL, "replay": ReplayCL, "adaptive_replay": AdaptiveReplayCL}
+ALGORITHMS = {"sequential": SequentialCL, "joint": JointCL, "replay": ReplayCL, "adaptive_replay": AdaptiveReplayCL}
 
 
 def load_algorithm(name, args=None) -> CLAlgorithm:

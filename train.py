@@ -108,6 +108,8 @@ class Args:
     """of GRPO (AdamW, no weight decay)"""
     lr_schedule: str = "constant"
     """constant, linear or cosine (both to 0), over each domain's GRPO steps"""
+    lr_decay: float = 1.0
+    """both rates are multiplied by this to the power of the conversations trained on so far, in (0, 1]"""
     lr_warmup_steps: int = 0
     """GRPO steps of each domain over which the rate rises to learning_rate"""
     max_grad_norm: float = 1.0
@@ -146,19 +148,23 @@ class Args:
     """of the warm start"""
 
     cl_algorithm: str = "sequential"
-    """sequential, replay, adaptive_replay, or path/to/file.py:MyAlgorithm"""
+    """sequential, joint, replay, adaptive_replay, or path/to/file.py:MyAlgorithm"""
+    replay_kind: str = "tasks"
+    """replay: tasks (old tasks are rolled out again) or trajectories (stored conversations, no new rollouts)"""
     replay_ratio: float = 0.2
-    """share of replayed tasks in the mixed batch, in [0, 1)"""
+    """share of replayed tasks, or conversations, in the mixed batch, in [0, 1)"""
     replay_buffer_size: int = 1000
-    """tasks remembered per domain"""
+    """tasks, or conversations, remembered per domain"""
     replay_strategy: str = "random"
     """random, high_reward, recent or balanced"""
     buffer_policy: str = "reservoir"
-    """what a full buffer keeps: reservoir (every task alike) or recent"""
+    """what a full buffer keeps: reservoir (every item alike) or recent; of trajectories also brs, lars or labrs"""
     min_buffer_size: int = 10
-    """a domain with fewer remembered tasks is not replayed"""
+    """a domain with fewer remembered items is not replayed"""
     replay_all_domains: bool = True
     """False: replay the latest previous domain only"""
+    clone_coef: float = 1.0
+    """replay of trajectories: weight of the behaviour-cloning term"""
     forgetting_threshold: float = 0.1
     """adaptive_replay: a larger fall of a previous domain's score raises the ratio"""
     adaptation_rate: float = 0.1
@@ -199,6 +205,7 @@ TINY = {
     "max_user_tokens": 64,
     "max_tool_tokens": 12,
     "batch_size_per_gpu": 2,
+    "micro_batch_tokens": 4096,
     "num_samples_per_prompt": 16,
     "num_steps_per_task": 16,
     "learning_rate": 7e-4,
@@ -244,6 +251,7 @@ def initial_state() -> dict:
         "step": 0,  # within the stage
         "global_step": 0,  # GRPO steps so far
         "skipped_in_a_row": 0,  # updates without a finite gradient
+        "examples": 0,  # conversations trained on so far, demonstrations and replayed ones too
         "seconds": 0.0,
         "ranks": grpo.world_size(),
         "baseline": {},
@@ -278,6 +286,21 @@ class Trainer:
         return self.args.task_order[self.state["domain_index"]]
 
     @property
+    def domains(self):
+        """Those that new tasks are drawn from."""
+        return list(self.args.task_order) if self.algorithm.all_domains else [self.domain]
+
+    @property
+    def label(self):
+        return self.stages[self.state["domain_index"]]
+
+    @property
+    def stages(self):
+        """What the rows of R are called."""
+        order = self.args.task_order
+        return [f"{k + 1}/{len(order)} of all" for k in range(len(order))] if self.algorithm.all_domains else order
+
+    @property
     def step(self):
         return self.state["global_step"]
 
@@ -295,11 +318,10 @@ class Trainer:
 
 def sample_batch(trainer: Trainer, count_per_rank) -> list[replay.TaskRef]:
     """The whole batch of all ranks: new tasks without replacement within an epoch, and what the algorithm adds."""
-    tasks = trainer.tasks[trainer.domain]
+    refs = [replay.TaskRef(domain, task.id) for domain in trainer.domains for task in trainer.tasks[domain]]
     seed = [trainer.args.seed, trainer.state["domain_index"], trainer.state["stage"] == "grpo"]
-    drawn = oracle.sample_tasks(tasks, count_per_rank * grpo.world_size(), trainer.state["step"], seed)
-    refs = [replay.TaskRef(trainer.domain, task.id) for task in drawn]
-    return trainer.algorithm.augment_batch(refs, trainer.domain)
+    drawn = oracle.sample_tasks(refs, count_per_rank * grpo.world_size(), trainer.state["step"], seed)
+    return trainer.algorithm.augment_batch(drawn, trainer.domain)
 
 
 def sampling(args: Args) -> dict:
@@ -326,14 +348,14 @@ def collect(trainer: Trainer, batch):
     records = []
     for i, (episode, trajectory) in enumerate(zip(episodes, trajectories, strict=True)):
         position = {"kind": "rollout", "global_step": trainer.step, "sample": i % G}
-        replayed = trajectory.domain != trainer.domain
+        replayed = trajectory.domain not in trainer.domains
         records.append({**position, "replayed": replayed, **evaluation.score_and_record(episode, trajectory)})
     parts = grpo.all_gather_json(records)
     records = []
     for index in range(len(batch)):  # back into the order of the batch
         records += parts[index % grpo.world_size()][index // grpo.world_size() * G :][:G]
     groups = [
-        Group(ref, ref.domain != trainer.domain, [r["reward"] for r in records[i * G : (i + 1) * G]])
+        Group(ref, ref.domain not in trainer.domains, [r["reward"] for r in records[i * G : (i + 1) * G]])
         for i, ref in enumerate(batch)
     ]
     evaluation.stop_if_invalid(records, args.max_invalid_share)
@@ -519,28 +541,31 @@ def stop_with_batch(trainer, kept, norm):
 
 
 def scheduled_rate(args: Args, step) -> float:
-    """The learning rate of a domain's GRPO step, from 0."""
+    """The learning rate of a domain's GRPO step, from 0, before `lr_decay`."""
     progress = step / max(1, args.num_steps_per_task)
     decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return args.learning_rate * decay[args.lr_schedule] * min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
 
 
-def set_rate(trainer: Trainer, rate):
+def set_rate(trainer: Trainer, rate, examples):
+    """Sets the rate of a step on so many conversations, decayed by those before it (ELRD, Buzzega et al. 2020,
+    arXiv:2010.05595: lr = lr0 gamma^examples)."""
     for group in trainer.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * trainer.args.lr_decay ** trainer.state["examples"]
+    trainer.state["examples"] += examples
 
 
 def grpo_step(trainer: Trainer) -> dict:
     args = trainer.args
     batch = sample_batch(trainer, args.batch_size_per_gpu * args.gradient_accumulation_steps)
     kept, trainer.groups, records, stats = collect(trainer, batch)
-    set_rate(trainer, scheduled_rate(args, trainer.state["step"]))
+    set_rate(trainer, scheduled_rate(args, trainer.state["step"]), len(records))
     stats.update(update(trainer, kept))
     valid = [r for r in records if r["reward"] is not None]
     by_domain = {}
     for r in valid:
         by_domain.setdefault(r["domain"], []).append(r["reward"])
-    new = torch.tensor(by_domain.get(trainer.domain, [0.0]))
+    new = torch.tensor([reward for domain in trainer.domains for reward in by_domain.get(domain, [])] or [0.0])
     append_jsonl(trainer.run / "trajectories.jsonl", records)
     trainer.algorithm.post_step_hook(trainer, trainer.domain)
     return {
@@ -569,13 +594,13 @@ def warmup_step(trainer: Trainer) -> float:
     mine = [demonstration(trainer, ref) for ref in batch[grpo.rank() :: grpo.world_size()]]
     num_tokens, _ = sum_over_ranks(trainer, sum(sum(t.action_mask) for t in mine), 0)
     total = 0.0
-    for batch in make_batches(trainer, [(t, 1.0) for t in mine]):
-        logprobs = grpo.token_logprobs(trainer.model, **{**batch["scored"], "temperature": 1.0})
+    for part in make_batches(trainer, [(t, 1.0) for t in mine]):
+        logprobs = grpo.token_logprobs(trainer.model, **{**part["scored"], "temperature": 1.0})
         loss = -logprobs.sum() / num_tokens
         loss.backward()
         total += loss.item()
     total = sum_over_ranks(trainer, total)[0]
-    set_rate(trainer, args.warmup_learning_rate)
+    set_rate(trainer, args.warmup_learning_rate, len(batch))
     norm = optimizer_step(trainer, total)
     if trainer.state["skipped_in_a_row"] >= MAX_SKIPPED:
         stop_with_batch(trainer, [(t, 1.0) for t in mine], norm)
@@ -816,9 +841,10 @@ def check(args: Args):
     files = "checkpoint_every keep_checkpoints warmup_check_every"
     rates = "learning_rate warmup_learning_rate max_grad_norm temperature"
     bounds = dict.fromkeys(f"{counts} {files} {rates}".split(), ("greater than 0", lambda x: 0 < x < math.inf))
-    for name in ("num_steps_per_task", "warmup_steps", "kl_coef", "lora_rank", "lr_warmup_steps"):
+    for name in ("num_steps_per_task", "warmup_steps", "kl_coef", "lora_rank", "lr_warmup_steps", "clone_coef"):
         bounds[name] = ("0 or more", lambda x: 0 <= x < math.inf)
     bounds["seed"] = ("in [0, 2**63)", lambda x: 0 <= x < 2**63)
+    bounds["lr_decay"] = ("in (0, 1]", lambda x: 0 < x <= 1)
     for name in ("gamma", "max_invalid_share"):
         bounds[name] = ("in [0, 1]", lambda x: 0 <= x <= 1)
     for name in ("forgetting_threshold", "adaptation_rate", "epsilon_low"):
@@ -839,7 +865,8 @@ def check(args: Args):
         "lr_schedule": ("constant", "linear", "cosine"),
         "rollout_engine": grpo.ENGINES,
         "replay_strategy": replay.STRATEGIES,
-        "buffer_policy": replay.TASK_POLICIES,
+        "replay_kind": ("tasks", "trajectories"),
+        "buffer_policy": replay.POLICIES,
         "user": (*oracle.USERS, "solo"),
     }
     for name, known in choices.items():
@@ -1007,27 +1034,30 @@ def run_stages(trainer: Trainer):
         domain = trainer.domain
 
         if state["stage"] == "warmup":
-            bar = tqdm(total=args.warmup_steps, initial=state["step"], desc=f"{domain}: warm start", **BAR)
-            while state["step"] < args.warmup_steps:
+            needed = [d for d in trainer.domains if d not in state["warm_start"]]
+            steps = args.warmup_steps * len(needed)
+            shown = {**BAR, "disable": steps == 0 or BAR["disable"]}
+            bar = tqdm(total=steps, initial=state["step"], desc=f"{trainer.label}: warm start", **shown)
+            while state["step"] < steps:
                 loss = warmup_step(trainer)
                 state["step"] += 1
                 log(trainer, {"kind": "warmup", "domain": domain, "loss": loss})
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}")
                 look = args.warmup_target is not None and loss < 0.2 and state["step"] % args.warmup_check_every == 0
-                if look and evaluate(trainer, "check", [domain])[domain] >= args.warmup_target:
+                if look and min(evaluate(trainer, "check", needed).values()) >= args.warmup_target:
                     break
                 signals.check(trainer)
             bar.close()
             if state["step"]:
-                state["warm_start"].update(evaluate(trainer, "warmup", [domain]))
+                state["warm_start"].update(evaluate(trainer, "warmup", needed))
             if args.kl_coef > 0 and args.kl_reference == "domain":
                 trainer.reference = grpo.snapshot(trainer.model)
             start_stage(trainer, "grpo")
             save_checkpoint(trainer)
 
         if state["stage"] == "grpo":
-            bar = tqdm(total=args.num_steps_per_task, initial=state["step"], desc=f"{domain}: GRPO", **BAR)
+            bar = tqdm(total=args.num_steps_per_task, initial=state["step"], desc=f"{trainer.label}: GRPO", **BAR)
             while state["step"] < args.num_steps_per_task:
                 record = grpo_step(trainer)
                 state["step"] += 1
@@ -1045,7 +1075,7 @@ def run_stages(trainer: Trainer):
         trainer.scores = evaluate(trainer, "domain", args.task_order)
         state["R"].append([trainer.scores[d] for d in args.task_order])
         shown = "  ".join(f"{d} {score:.2f}" for d, score in trainer.scores.items())
-        say(f"after {domain}: {shown}")
+        say(f"after {trainer.label}: {shown}")
         for name, value in trainer.algorithm.get_statistics().items():
             say(f"  {name}: {value}")
         trainer.algorithm.post_task_hook(trainer, domain)
@@ -1074,11 +1104,13 @@ def summarize(trainer: Trainer) -> dict:
         "seed": args.seed,
         "baseline": state["baseline"],
         "warm_start": state["warm_start"],
+        "stages": trainer.stages,
         "R": state["R"],
         "metrics": evaluation.cl_metrics(state["R"], baseline),
         "evaluation": state["evaluation"],
         "do_nothing_rate": {d: state["evaluation"][d]["do_nothing_rate"] for d in order},
         "statistics": trainer.algorithm.get_statistics(),
+        "bytes_kept": trainer.algorithm.bytes_kept(),
         "minutes": (state["seconds"] + clock(trainer)) / 60,
         "ranks": grpo.world_size(),
         "versions": {

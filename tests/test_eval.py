@@ -60,6 +60,7 @@ def test_interval_is_students():
 def summary(algorithm, seed, forgetting, minutes):
     return {
         "cl_algorithm": algorithm,
+        "bytes_kept": 1500,
         "task_order": ["airline", "retail"],
         "R": [[0.8, 0.0], [0.8 - forgetting, 0.6]],
         "warm_start": {"airline": 0.5, "retail": 0.4},
@@ -81,7 +82,21 @@ def test_compare_groups_runs_over_seeds(tmp_path):
     assert len(table) == 4
     assert table[2].startswith("| sequential | 3 | 0.60 ± 0.00 |")
     assert table[3].startswith("| replay | 3 | 0.10 ± 0.00 |")
-    assert table[3].endswith("| +0.20 (retail) | 5.00 ± 0.00 | 1.25 |")
+    assert table[3].endswith("| +0.20 (retail) | 5.00 ± 0.00 | 1.25 | 1.5 |")
+
+
+def test_compare_names_what_a_row_differs_in(tmp_path):
+    runs = []
+    for ratio in (0.2, 0.2, 0.5, 0.2):
+        run = tmp_path / str(len(runs))
+        run.mkdir()
+        values = summary("replay" if len(runs) else "sequential", len(runs), 0.1, 1.0)
+        values["config"] = {**values["config"], "replay_ratio": ratio}
+        (run / "summary.json").write_text(json.dumps(values))
+        runs.append(run)
+    table = evaluation.compare(runs).splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:5]] == ["sequential", "replay", "replay, replay_ratio 0.5"]
+    assert table[-1] == "Where not named: replay_ratio 0.2."
 
 
 def test_compare_names_what_is_not_a_run(tmp_path):
