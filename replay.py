@@ -281,12 +281,16 @@ class CLAlgorithm:
     same draws, on the whole batch of all ranks; ranks then share the batch out.
 
     all_domains: batches are drawn from every domain from the start, in as many stages as there are domains.
+    stores_trajectories: it needs trainer.finished.
 
     trainer.groups: this step's groups on all ranks (task: TaskRef, replayed: bool, rewards: list of float, None
-    where invalid); trainer.scores: {domain: mean reward} of the last evaluation; trainer.step, trainer.model, ...
+    where invalid); trainer.finished: this step's conversations on all ranks, as they may be stored (see
+    TrajectoryReplayCL), each with its loss; trainer.replayed_losses: one for each of augment_trajectories;
+    trainer.scores: {domain: mean reward} of the last evaluation; trainer.step, trainer.model, ...
     """
 
     all_domains = False
+    stores_trajectories = False
 
     @classmethod
     def from_args(cls, args):
@@ -303,6 +307,11 @@ class CLAlgorithm:
     def augment_batch(self, new_tasks: list[TaskRef], current_domain: str) -> list[TaskRef]:
         """The tasks to roll out: the new ones, and what is replayed with them."""
         return new_tasks
+
+    def augment_trajectories(self, new: int, current_domain: str, successful=False) -> list[dict]:
+        """Stored conversations to train on beside a step's `new` conversations, or, in the warm start, beside so many
+        demonstrations: then those that earned a reward only."""
+        return []
 
     def extra_loss(self, trainer):
         """A scalar tensor to add to the step's loss, or None; asked before every optimiser step of GRPO.
@@ -325,6 +334,12 @@ class CLAlgorithm:
         """The size of what is remembered, as it is saved."""
         state = self.state_dict()
         return len(json.dumps(state)) if state else 0
+
+    def save(self, folder: Path):
+        """Writes what is too large for `state_dict` into a checkpoint's directory, on rank 0."""
+
+    def load(self, folder: Path):
+        """Reads what `save` wrote, after `load_state_dict`."""
 
     def state_dict(self) -> dict:
         """Everything that a resumed run needs, as JSON."""
@@ -350,8 +365,10 @@ class ReplayCL(CLAlgorithm):
     """Old tasks, drawn from a buffer per domain, are rolled out again by the current policy, beside the new ones.
 
     replay_ratio: their share of the mixed batch, in [0, 1); replay_strategy: see `sample`; min_buffer_size: a domain
-    with fewer stored tasks is not replayed; replay_all_domains: False replays the latest previous domain only.
+    with fewer stored items is not replayed; replay_all_domains: False replays the latest previous domain only.
     """
+
+    policies = TASK_POLICIES
 
     def __init__(
         self,
@@ -367,8 +384,10 @@ class ReplayCL(CLAlgorithm):
             raise ValueError(f"replay_ratio must be in [0, 1), got {replay_ratio}")
         if replay_strategy not in STRATEGIES:
             raise ValueError(f"unknown replay_strategy {replay_strategy!r}; choose one of {', '.join(STRATEGIES)}")
-        if buffer_policy not in TASK_POLICIES:
-            raise ValueError(f"unknown buffer_policy {buffer_policy!r}; choose one of {', '.join(TASK_POLICIES)}")
+        if buffer_policy not in self.policies:
+            other = " (of trajectories also brs, lars, labrs)" if self.policies == TASK_POLICIES else ""
+            names = ", ".join(self.policies) + other
+            raise ValueError(f"buffer_policy {buffer_policy!r} is none for what is stored here; choose one of {names}")
         if replay_buffer_size < 1:
             raise ValueError(f"replay_buffer_size must be at least 1, got {replay_buffer_size}")
         if min_buffer_size < 1:
@@ -384,21 +403,26 @@ class ReplayCL(CLAlgorithm):
         self.offered: dict[str, list[str]] = {}  # task ids offered, so that none is offered twice
         self.replayed: dict[str, int] = {}
 
-    def augment_batch(self, new_tasks, current_domain):
+    def draw(self, new, current_domain, strategy) -> list[tuple[str, int]]:
+        """What to replay beside `new` new items: domain and index into its buffer, as evenly over the previous domains
+        as the count allows."""
         previous = [d for d in self.buffers if d != current_domain]
         previous = previous if self.replay_all_domains else previous[-1:]
         ready = [d for d in previous if len(self.buffers[d].items) >= self.min_buffer_size]
         if not ready:
-            return new_tasks
-        count = replay_count(len(new_tasks), self.ratio, self.rng)
+            return []
+        count = replay_count(new, self.ratio, self.rng)
         turns = [ready[i] for i in self.rng.permutation(len(ready))]
-        old_tasks = []
-        for k, domain in enumerate(turns):  # as evenly over the domains as the count allows
+        drawn = []
+        for k, domain in enumerate(turns):
             share = count // len(turns) + (k < count % len(turns))
-            chosen = sample(self.buffers[domain], share, strategy=self.strategy, rng=self.rng)
-            old_tasks += [self.buffers[domain].items[i] for i in chosen]
+            drawn += [(domain, i) for i in sample(self.buffers[domain], share, strategy=strategy, rng=self.rng)]
             self.replayed[domain] = self.replayed.get(domain, 0) + share
-        return new_tasks + old_tasks
+        return drawn
+
+    def augment_batch(self, new_tasks, current_domain):
+        drawn = self.draw(len(new_tasks), current_domain, self.strategy)
+        return new_tasks + [self.buffers[domain].items[i] for domain, i in drawn]
 
     def post_step_hook(self, trainer, domain):
         for group in trainer.groups:
@@ -418,7 +442,7 @@ class ReplayCL(CLAlgorithm):
 
     def get_statistics(self):
         return {
-            "replayed tasks": sum(self.replayed.values()),
+            "replayed": sum(self.replayed.values()),
             "replayed per domain": dict(self.replayed),
             "buffer sizes": {domain: len(buffer.items) for domain, buffer in self.buffers.items()},
             "replay ratio": round(self.ratio, 4),
@@ -441,6 +465,74 @@ class ReplayCL(CLAlgorithm):
         for domain, saved in state["buffers"].items():
             items = [TaskRef(**item) for item in saved["items"]]
             self.buffers[domain] = Buffer(**{**saved, "items": items})
+
+
+class TrajectoryReplayCL(ReplayCL):
+    """Conversations of earlier domains, stored with their behaviour log-probabilities and advantages, train the policy
+    again beside the new ones; nothing old is rolled out.
+
+    An item: {"domain", "task_id", "token_ids", "logprobs", "turns" (-1 where not sampled), "advantage", "reward"}; the
+    advantage is None where the group's rewards did not vary. Its label is its domain and task, its loss the clipped
+    loss, a mean over its sampled tokens, computed anew whenever it is replayed. clone_coef: see `cloning_loss`; without
+    cloning, what has no advantage teaches nothing and is not stored.
+    """
+
+    policies = POLICIES
+    stores_trajectories = True
+
+    def __init__(self, clone_coef=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.cloning = clone_coef > 0
+        self.drawn = []
+
+    def augment_batch(self, new_tasks, current_domain):
+        return new_tasks
+
+    def augment_trajectories(self, new, current_domain, successful=False):
+        self.drawn = self.draw(new, current_domain, "high_reward" if successful else self.strategy)
+        items = [self.buffers[domain].items[i] for domain, i in self.drawn]
+        return [item for item in items if item["reward"] > 0] if successful else items
+
+    def post_step_hook(self, trainer, domain):
+        for (replayed, index), loss in zip(self.drawn, trainer.replayed_losses, strict=True):
+            update_losses(self.buffers[replayed], [index], [loss])
+        for item, loss in trainer.finished:
+            if self.cloning or item["advantage"] is not None:
+                buffer = self.buffers.setdefault(item["domain"], Buffer(self.capacity))
+                label = f"{item['domain']}/{item['task_id']}"
+                kept = {"label": label, "loss": loss, "reward": item["reward"], "policy": self.policy}
+                add(buffer, item, **kept, rng=self.rng)
+
+    def bytes_kept(self):
+        return sum(len(json.dumps(item)) for buffer in self.buffers.values() for item in buffer.items)
+
+    def state_dict(self):
+        state = super().state_dict()
+        return {**state, "buffers": list(self.buffers)}
+
+    def load_state_dict(self, state):
+        super().load_state_dict({**state, "buffers": {}})
+        self.buffers = dict.fromkeys(state["buffers"])
+
+    def save(self, folder):
+        for domain, buffer in self.buffers.items():
+            save_buffer(buffer, folder / f"replay_{domain}.jsonl")
+
+    def load(self, folder):
+        for domain in self.buffers:
+            self.buffers[domain] = load_buffer(folder / f"replay_{domain}.jsonl")
+
+
+def cloning_loss(logprobs, stored, mask, successful):
+    """The behaviour-cloning term of a batch of stored conversations, summed over their sampled tokens (CLEAR, Rolnick
+    et al. 2019, arXiv:1811.11682, "policy cloning"): KL(mu || pi) from the policy mu that sampled them, estimated as
+    r - 1 - log r with r = pi / mu, and cross-entropy -log pi where the conversation was successful.
+
+    logprobs (of pi), stored (of mu) and mask are (B, T), successful (B,). Returns a scalar tensor.
+    """
+    log_ratio = (logprobs - stored).clamp(-20, 20)
+    kl = log_ratio.exp() - 1 - log_ratio
+    return (kl - logprobs * successful[:, None])[mask].sum()
 
 
 class AdaptiveReplayCL(ReplayCL):
@@ -513,6 +605,11 @@ def load_algorithm(name, args=None) -> CLAlgorithm:
         if name not in ALGORITHMS:
             known = ", ".join(ALGORITHMS)
             raise ValueError(f"unknown cl_algorithm {name!r}; choose one of {known}, or path/to/file.py:MyAlgorithm")
+        if getattr(args, "replay_kind", "tasks") == "trajectories":
+            if name == "adaptive_replay":
+                raise ValueError("adaptive_replay goes by rewards of old tasks' rollouts: it needs --replay_kind tasks")
+            if name == "replay":
+                return TrajectoryReplayCL.from_args(args)
         return ALGORITHMS[name].from_args(args)
     path, _, class_name = name.rpartition(":")
     if not Path(path).is_file():

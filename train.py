@@ -275,6 +275,8 @@ class Trainer:
     initial: list | None = None  # the very first policy (grpo.snapshot); with LoRA it needs none
     optimizer: torch.optim.Optimizer | None = None
     groups: list[Group] = field(default_factory=list)  # of this step, all ranks
+    finished: list = field(default_factory=list)  # of this step, all ranks: (conversation to store, its loss)
+    replayed_losses: list[float] = field(default_factory=list)  # of this step's replayed conversations
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     demonstrations: dict = field(default_factory=dict)
     signals: "Signals | None" = None
@@ -350,16 +352,15 @@ def collect(trainer: Trainer, batch):
         position = {"kind": "rollout", "global_step": trainer.step, "sample": i % G}
         replayed = trajectory.domain not in trainer.domains
         records.append({**position, "replayed": replayed, **evaluation.score_and_record(episode, trajectory)})
-    parts = grpo.all_gather_json(records)
-    records = []
-    for index in range(len(batch)):  # back into the order of the batch
-        records += parts[index % grpo.world_size()][index // grpo.world_size() * G :][:G]
+    records = gathered_in_order(records, len(batch), G)
     groups = [
         Group(ref, ref.domain not in trainer.domains, [r["reward"] for r in records[i * G : (i + 1) * G]])
         for i, ref in enumerate(batch)
     ]
     evaluation.stop_if_invalid(records, args.max_invalid_share)
     kept = with_advantages(trainer, trajectories, groups)
+    if trainer.algorithm.stores_trajectories:
+        trainer.finished = finished(trainer, trajectories, kept, len(batch))
     stats = {"rollout_seconds": rollout_seconds, "score_seconds": time.perf_counter() - start - rollout_seconds}
     return kept, groups, records, stats
 
@@ -378,6 +379,38 @@ def with_advantages(trainer: Trainer, trajectories, groups) -> list[tuple]:
         for t, advantage, varies in zip(trajectories, advantages, varied, strict=True)
         if varies and t.valid and any(t.action_mask) and not (args.mask_truncated and t.truncated)
     ]
+
+
+def gathered_in_order(values, batch_size, G) -> list:
+    """Every rank's `values`, G for each of its tasks, in the order of the batch."""
+    parts = grpo.all_gather_json(values)
+    ranks = len(parts)
+    return [value for i in range(batch_size) for value in parts[i % ranks][i // ranks * G :][:G]]
+
+
+def finished(trainer: Trainer, trajectories, kept, batch_size) -> list[tuple]:
+    """All ranks' valid conversations as replay.TrajectoryReplayCL stores them, each with its loss: that of tokens just
+    sampled, whose ratio is 1, is minus their advantage."""
+    args = trainer.args
+    advantages = {id(t): advantage for t, advantage in kept}
+    rows = []
+    for t in trajectories:
+        usable = t.valid and any(t.action_mask) and not (args.mask_truncated and t.truncated)
+        item = {name: getattr(t, name) for name in STORED}
+        item["advantage"] = advantages.get(id(t))
+        batch = grpo.collate([t], [item["advantage"] or 0.0], args.gamma)
+        rows.append([item, -batch["advantages"][batch["mask"]].mean().item()] if usable else None)
+    rows = gathered_in_order(rows, batch_size, args.num_samples_per_prompt)
+    return [tuple(row) for row in rows if row is not None]
+
+
+STORED = ("domain", "task_id", "token_ids", "logprobs", "turns", "reward")
+
+
+def as_trajectory(item) -> tuple[grpo.Trajectory, float]:
+    """A stored conversation as the pair that `update` takes."""
+    mask = [turn >= 0 for turn in item["turns"]]
+    return grpo.Trajectory(**{name: item[name] for name in STORED}, action_mask=mask), item["advantage"]
 
 
 def sum_over_ranks(trainer, *values) -> list[float]:
@@ -415,18 +448,24 @@ def optimizer_step(trainer: Trainer, loss: float) -> float:
 
 
 def make_batches(trainer: Trainer, pairs, gamma=1.0) -> list[dict]:
-    """Pairs of trajectory and advantage as micro-batches of tensors; "scored" is what grpo.token_logprobs takes."""
+    """Pairs of trajectory and advantage as micro-batches of tensors; "scored" is what grpo.token_logprobs takes,
+    "trained" the tokens that have an advantage, "indices" and "successful" are of the pairs."""
     args = trainer.args
-    lengths = [len(t.token_ids) for t, _ in pairs]
-    parts = [[pairs[i] for i in part] for part in grpo.micro_batches(lengths, args.micro_batch_tokens)]
+    nothing = grpo.Trajectory(token_ids=[0, 0], action_mask=[False] * 2, logprobs=[0.0] * 2, turns=[-1] * 2)
+    pairs = [*pairs, (nothing, 0.0)]
+    parts = grpo.micro_batches([len(t.token_ids) for t, _ in pairs[:-1]], args.micro_batch_tokens)
     if args.shard:  # every pass is one of all ranks: those with fewer add passes over two tokens that do not count
-        nothing = grpo.Trajectory(token_ids=[0, 0], action_mask=[False] * 2, logprobs=[0.0] * 2, turns=[-1] * 2)
-        parts += [[(nothing, 0.0)]] * (max(grpo.all_gather_json(len(parts))) - len(parts))
+        parts += [[len(pairs) - 1]] * (max(grpo.all_gather_json(len(parts))) - len(parts))
     batches = []
     for part in parts:
-        trajectories, advantages = zip(*part, strict=True)
+        trajectories, advantages = zip(*[pairs[i] for i in part], strict=True)
         pad = trainer.tokenizer.pad_token_id or 0
-        batch = grpo.collate(trajectories, advantages, gamma, trainer.model.device, pad)
+        device = trainer.model.device
+        batch = grpo.collate(trajectories, [a or 0.0 for a in advantages], gamma, device, pad)
+        has_advantage = torch.tensor([a is not None for a in advantages], device=device)
+        batch["trained"] = batch["mask"] & has_advantage[:, None]
+        batch["indices"] = part
+        batch["successful"] = torch.tensor([t.reward >= evaluation.PASS for t in trajectories], device=device)
         batch["scored"] = {
             "ids_B_T": batch["ids"],
             "attention_mask_B_T": batch["attention_mask"],
@@ -455,75 +494,140 @@ def reference_logprobs(trainer: Trainer, batches):
             batch["ref_logprobs"] = batch["initial_logprobs"]
 
 
-def update(trainer: Trainer, kept) -> dict:
-    """The GRPO updates on this step's trajectories: `kept` are this rank's pairs of trajectory and advantage."""
-    args, model = trainer.args, trainer.model
+def update(trainer: Trainer, kept, replayed=()) -> dict:
+    """The GRPO updates of a step: `kept` are this rank's pairs of trajectory and advantage, `replayed` the stored
+    conversations of all ranks, members of the same batch. Leaves their losses in trainer.replayed_losses."""
+    args = trainer.args
     start = time.perf_counter()
-    num_tokens, num_sequences = sum_over_ranks(trainer, sum(sum(t.action_mask) for t, _ in kept), len(kept))
-    batches = make_batches(trainer, kept, args.gamma)
-    reference_logprobs(trainer, batches)
+    stored = [as_trajectory(item) for item in replayed[grpo.rank() :: grpo.world_size()]]
+    trained = kept + [pair for pair in stored if pair[1] is not None]
+    values = (count_tokens(trained), len(trained), count_tokens(kept), count_tokens(stored))
+    names = ("tokens", "sequences", "new_tokens", "replayed_tokens")
+    counts = dict(zip(names, sum_over_ranks(trainer, *values), strict=True))
+    new_batches, old_batches = make_batches(trainer, kept, args.gamma), make_batches(trainer, stored, args.gamma)
+    reference_logprobs(trainer, new_batches + old_batches)
     totals, norm = [], 0.0
     for _ in range(args.num_iterations):
-        sums = {"loss": 0.0, "kl": 0.0, "kl_initial": 0.0, "entropy": 0.0, "clip_share": 0.0}
-        extremes = {"ratio_min": 1.0, "ratio_max": 1.0, "deviation": 0.0}
-        for batch in batches:
-            logprobs, entropy = grpo.token_logprobs(model, **batch["scored"], return_entropy=True)
-            loss, stats = grpo.policy_loss(
-                logprobs,
-                batch["old_logprobs"],
-                batch["advantages"],
-                batch["mask"],
-                args.loss_type,
-                args.epsilon_low,
-                args.epsilon_high or (5.0 if args.loss_type == "cispo" else 0.28),
-                batch.get("ref_logprobs"),
-                args.kl_coef,
-                args.kl_estimator,
-                normalizer=num_tokens,
-                max_tokens=args.max_context or args.max_turns * args.max_new_tokens,
-            )
-            tokens = int(batch["mask"].sum())
-            if args.loss_type in grpo.PER_SEQUENCE:  # a mean over sequences: this micro-batch's share of it
-                loss = loss * len(batch["ids"]) / max(num_sequences, 1.0)
-            elif args.loss_type == "bnpo":
-                loss = loss * tokens / max(num_tokens, 1.0)
-            loss.backward()
-            sums["loss"] += loss.item()
-            sums["kl"] += stats.get("kl", 0.0) * tokens
-            sums["clip_share"] += stats["clip_share"] * tokens
-            sums["entropy"] += entropy.sum().item()
-            if "initial_logprobs" in batch:
-                sums["kl_initial"] += grpo.kl_estimate(batch["initial_logprobs"] - logprobs.detach(), "k3").sum().item()
-            deviation = (logprobs.detach() - batch["old_logprobs"])[batch["mask"]].exp().sub(1).abs()
-            extremes["deviation"] = max(extremes["deviation"], deviation.max().item() if tokens else 0.0)
-            extremes["ratio_min"] = min(extremes["ratio_min"], stats["ratio_min"])
-            extremes["ratio_max"] = max(extremes["ratio_max"], stats["ratio_max"])
+        new, old = Logged(), Logged()
+        losses = [0.0] * (len(stored) + 1)  # the last for passes that do not count
+        for batch in new_batches:
+            step_loss(trainer, batch, counts, new).backward()
+        for batch in old_batches:
+            step_loss(trainer, batch, counts, old, cloning=True, losses=losses).backward()
         extra = trainer.algorithm.extra_loss(trainer)
         if extra is not None:
             # Every rank's is the same and they are summed; that of sharded weights themselves is one for all.
             (extra if isinstance(extra, DTensor) else extra / grpo.world_size()).backward()
-        ranks = grpo.all_gather_json({**sums, **extremes})
-        total = {name: sum(r[name] for r in ranks) for name in sums}
-        total["ratio_min"] = min(r["ratio_min"] for r in ranks)
-        total["ratio_max"] = max(r["ratio_max"] for r in ranks)
-        total["deviation"] = max(r["deviation"] for r in ranks)
-        totals.append(total)
-        if num_tokens > 0 or extra is not None:
-            norm = optimizer_step(trainer, total["loss"])
+        ranks = grpo.all_gather_json([dataclasses.asdict(new), dataclasses.asdict(old), losses[:-1]])
+        new, old = Logged.over_ranks(r[0] for r in ranks), Logged.over_ranks(r[1] for r in ranks)
+        trainer.replayed_losses = [ranks[i % len(ranks)][2][i // len(ranks)] for i in range(len(replayed))]
+        totals.append((new, old))
+        if counts["tokens"] > 0 or counts["replayed_tokens"] > 0 or extra is not None:
+            norm = optimizer_step(trainer, new.loss + old.loss)
         if trainer.state["skipped_in_a_row"] >= MAX_SKIPPED:
-            stop_with_batch(trainer, kept, norm)
-    per_token = {n: sum(t[n] for t in totals) / len(totals) / max(num_tokens, 1.0) for n in sums if n != "loss"}
+            stop_with_batch(trainer, kept + stored, norm)
+
+    def per_token(which, name, tokens):
+        return sum(getattr(pair[which], name) for pair in totals) / len(totals) / max(tokens, 1.0)
+
+    shared = ("kl", "kl_initial", "entropy", "clip_share")
+    stats = {name: per_token(0, name, counts["new_tokens"]) for name in shared}
+    if replayed:
+        in_loss = counts["tokens"] - counts["new_tokens"]
+        stats.update(
+            replayed_conversations=len(replayed),
+            replayed_kl=per_token(1, "behaviour_kl", counts["replayed_tokens"]),
+            replayed_ratio_min=min(old.ratio_min for _, old in totals),
+            replayed_ratio_max=max(old.ratio_max for _, old in totals),
+            replayed_clip_share=per_token(1, "clip_share", in_loss),
+            cloning_loss=per_token(1, "cloning", counts["replayed_tokens"]),
+        )
     return {
-        "loss": totals[0]["loss"],
-        **per_token,
-        "ratio_first_step": 1.0 + totals[0]["deviation"],
-        "ratio_min": min(t["ratio_min"] for t in totals),
-        "ratio_max": max(t["ratio_max"] for t in totals),
+        "loss": totals[0][0].loss + totals[0][1].loss,
+        **stats,
+        "ratio_first_step": 1.0 + totals[0][0].deviation,
+        "ratio_min": min(new.ratio_min for new, _ in totals),
+        "ratio_max": max(new.ratio_max for new, _ in totals),
         "grad_norm": norm,
         "skipped_in_a_row": trainer.state["skipped_in_a_row"],
-        "action_tokens": int(num_tokens),
+        "action_tokens": int(counts["new_tokens"]),
         "update_seconds": time.perf_counter() - start,
     }
+
+
+def count_tokens(pairs) -> int:
+    return sum(sum(t.action_mask) for t, _ in pairs)
+
+
+@dataclass
+class Logged:
+    """What is logged of the new or of the replayed conversations of an update: sums over tokens, and extremes."""
+
+    loss: float = 0.0
+    kl: float = 0.0  # to the reference
+    kl_initial: float = 0.0
+    behaviour_kl: float = 0.0  # from the policy that sampled
+    cloning: float = 0.0
+    entropy: float = 0.0
+    clip_share: float = 0.0
+    ratio_min: float = 1.0
+    ratio_max: float = 1.0
+    deviation: float = 0.0  # of the ratio from 1
+
+    @classmethod
+    def over_ranks(cls, parts):
+        parts = list(parts)
+        extremes = {"ratio_min": min, "ratio_max": max, "deviation": max}
+        return cls(**{name: extremes.get(name, sum)(p[name] for p in parts) for name in parts[0]})
+
+
+def step_loss(trainer: Trainer, batch, counts, logged: Logged, cloning=False, losses=None):
+    """The share that a micro-batch has in the loss of the step, whose `counts` are over all ranks. Adds to `logged`,
+    and puts the mean loss of each of its conversations into `losses`, by "indices"."""
+    args = trainer.args
+    logprobs, entropy = grpo.token_logprobs(trainer.model, **batch["scored"], return_entropy=True)
+    old_logprobs, mask, trained = batch["old_logprobs"], batch["mask"], batch["trained"]
+    clip = (args.epsilon_low, args.epsilon_high or (5.0 if args.loss_type == "cispo" else 0.28))
+    loss, stats = grpo.policy_loss(
+        logprobs,
+        old_logprobs,
+        batch["advantages"],
+        trained,
+        args.loss_type,
+        *clip,
+        batch.get("ref_logprobs"),
+        args.kl_coef,
+        args.kl_estimator,
+        normalizer=counts["tokens"],
+        max_tokens=args.max_context or args.max_turns * args.max_new_tokens,
+    )
+    tokens = int(trained.sum())
+    if args.loss_type in grpo.PER_SEQUENCE:  # a mean over sequences: this micro-batch's share of it
+        loss = loss * len(batch["ids"]) / max(counts["sequences"], 1.0)
+    elif args.loss_type == "bnpo":
+        loss = loss * tokens / max(counts["tokens"], 1.0)
+    current = logprobs.detach()
+    if cloning:
+        clone = replay.cloning_loss(logprobs, old_logprobs, mask, batch["successful"])
+        loss = loss + args.clone_coef * clone / max(counts["replayed_tokens"], 1.0)
+        logged.cloning += clone.item()
+    if losses is not None:
+        for row, index in enumerate(batch["indices"]):
+            row = slice(row, row + 1)
+            tensors = (current[row], old_logprobs[row], batch["advantages"][row], trained[row])
+            losses[index] = grpo.policy_loss(*tensors, "grpo", *clip)[0].item()
+    logged.loss += loss.item()
+    logged.kl += stats.get("kl", 0.0) * tokens
+    logged.clip_share += stats["clip_share"] * tokens
+    logged.entropy += entropy.sum().item()
+    logged.behaviour_kl += grpo.kl_estimate(current - old_logprobs, "k3")[mask].sum().item()
+    if "initial_logprobs" in batch:
+        logged.kl_initial += grpo.kl_estimate(batch["initial_logprobs"] - current, "k3").sum().item()
+    if mask.any():
+        logged.deviation = max(logged.deviation, (current - old_logprobs)[mask].expm1().abs().max().item())
+        logged.ratio_min = min(logged.ratio_min, stats["ratio_min"])
+        logged.ratio_max = max(logged.ratio_max, stats["ratio_max"])
+    return loss
 
 
 MAX_SKIPPED = 5  # updates without a finite gradient, one after the other, that end a run
@@ -559,8 +663,9 @@ def grpo_step(trainer: Trainer) -> dict:
     args = trainer.args
     batch = sample_batch(trainer, args.batch_size_per_gpu * args.gradient_accumulation_steps)
     kept, trainer.groups, records, stats = collect(trainer, batch)
-    set_rate(trainer, scheduled_rate(args, trainer.state["step"]), len(records))
-    stats.update(update(trainer, kept))
+    replayed = trainer.algorithm.augment_trajectories(len(records), trainer.domain)
+    set_rate(trainer, scheduled_rate(args, trainer.state["step"]), len(records) + len(replayed))
+    stats.update(update(trainer, kept, replayed))
     valid = [r for r in records if r["reward"] is not None]
     by_domain = {}
     for r in valid:
@@ -588,10 +693,13 @@ def grpo_step(trainer: Trainer) -> dict:
 
 
 def warmup_step(trainer: Trainer) -> float:
-    """One supervised step on gold demonstrations, replayed tasks among them. Returns the loss per token."""
+    """One supervised step on gold demonstrations, those of replayed tasks or stored conversations that were successful
+    among them. Returns the loss per token."""
     args = trainer.args
     batch = sample_batch(trainer, args.batch_size_per_gpu * args.gradient_accumulation_steps)
     mine = [demonstration(trainer, ref) for ref in batch[grpo.rank() :: grpo.world_size()]]
+    replayed = trainer.algorithm.augment_trajectories(len(batch), trainer.domain, successful=True)
+    mine += [as_trajectory(item)[0] for item in replayed[grpo.rank() :: grpo.world_size()]]
     num_tokens, _ = sum_over_ranks(trainer, sum(sum(t.action_mask) for t in mine), 0)
     total = 0.0
     for part in make_batches(trainer, [(t, 1.0) for t in mine]):
@@ -600,7 +708,7 @@ def warmup_step(trainer: Trainer) -> float:
         loss.backward()
         total += loss.item()
     total = sum_over_ranks(trainer, total)[0]
-    set_rate(trainer, args.warmup_learning_rate, len(batch))
+    set_rate(trainer, args.warmup_learning_rate, len(batch) + len(replayed))
     norm = optimizer_step(trainer, total)
     if trainer.state["skipped_in_a_row"] >= MAX_SKIPPED:
         stop_with_batch(trainer, [(t, 1.0) for t in mine], norm)
@@ -737,6 +845,7 @@ def write_checkpoint(trainer: Trainer, weights, moments, reference):
     save_file(moments, temporary / "optimizer.safetensors")
     if reference is not None:
         save_file(reference, temporary / "reference.safetensors")
+    trainer.algorithm.save(temporary)
     logs = {path.name: path.stat().st_size for path in trainer.run.glob("*.jsonl")}
     sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     saved = {"state": trainer.state, "scores": trainer.scores, "algorithm": trainer.algorithm.state_dict()}
@@ -781,6 +890,7 @@ def load_checkpoint(trainer: Trainer, folder: Path, saved: dict):
     """Puts a trainer, its model loaded already, back to where the checkpoint was saved."""
     trainer.state, trainer.scores = saved["state"], saved["scores"]
     trainer.algorithm.load_state_dict(saved["algorithm"])
+    trainer.algorithm.load(folder)
     parameters = grpo.trained_parameters(trainer.model)
     with safe_open(folder / "optimizer.safetensors", "pt") as moments:
         for path in moments.keys():  # noqa: SIM118 (it is no dict)
