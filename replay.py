@@ -1,6 +1,7 @@
 """What is remembered: replay buffers and sampling as pure functions, and the continual-learning algorithms.
 
-    python replay.py                 shows what each buffer policy keeps of a stream
+    python replay.py                 the channel-prediction experiment: buffers compared on a supervised problem
+    python replay.py --laws          shows what each buffer policy keeps of a stream
     python replay.py --benchmark     offers per second
 
 Data flow: a finished group -> add -> Buffer -> sample -> augment_batch -> the next batch's rollouts.
@@ -9,21 +10,28 @@ To change what is kept, change `add`; what is replayed, `sample`; how much, `rep
 class of your own (a subclass of CLAlgorithm) runs with `python train.py --cl_algorithm path/to/file.py:MyClass`.
 """
 
-import argparse
+import copy
+import csv
 import importlib.util
 import inspect
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, is_dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
 
 STRATEGIES = ("random", "high_reward", "recent", "balanced")
-POLICIES = ("reservoir", "brs", "lars", "labrs", "recent")
+POLICIES = ("reservoir", "brs", "lars", "labrs", "random", "recent")
 TASK_POLICIES = ("reservoir", "recent")  # a task that is rolled out anew has no loss, and a buffer per domain one label
 
 
@@ -108,7 +116,8 @@ def labrs_slot(losses, labels, rng, scaling="balanced") -> int:
         size = np.array([counts[label] for label in labels], dtype=float)
         score = -0.5 * array / max(np.abs(array).mean() * size.mean(), 1e-12) + 0.5 * size
         return _draw((score - score.min()) / (np.ptp(score) or 1.0) + 1 / n, rng)
-    high, spread = float(array.max()), float(np.ptp(array)) or 1.0
+    high = float(array.max())
+    spread = high - float(array.min()) or 1.0
     fewest = min(counts.values())
     range_of_counts = max(counts.values()) - fewest or 1
     while True:  # by rejection, since the weights of all slots would take four times as long
@@ -138,16 +147,22 @@ def _one_of(values, rng):
 def add(buffer, item, *, label=None, loss=0.0, reward=0.0, policy="reservoir", rng) -> int | None:
     """Offers an item to the buffer, in place. Returns the slot written, None if it was discarded.
 
-    Every policy but "recent" has the reservoir's gate, which lets item n + 1 in with probability capacity / (n + 1);
-    they differ in what makes room for it: a uniformly drawn item (reservoir), `brs_slot`, `lars_slot` or `labrs_slot`.
-    "recent" keeps the latest. Raises ValueError for an unknown policy, or a loss or reward that is not finite.
+    The policies have the reservoir's gate, which lets item n + 1 in with probability capacity / (n + 1), and differ in
+    what makes room for it: a uniformly drawn item (reservoir), `brs_slot`, `lars_slot` or `labrs_slot`. Two have none:
+    "random" puts every item in the place of a uniformly drawn one, so that an item survives k later offers with
+    probability (1 - 1 / capacity)^k, and "recent" keeps the latest. Raises ValueError for an unknown policy, or a loss
+    or reward that is not finite.
     """
     if policy not in POLICIES:
         raise ValueError(f"unknown buffer policy {policy!r}; choose one of {', '.join(POLICIES)}")
     if not (math.isfinite(loss) and math.isfinite(reward)):
         raise ValueError(f"loss and reward of an item must be finite, got {loss} and {reward}")
-    latest = buffer.seen % buffer.capacity
-    slot = latest if policy == "recent" else reservoir_slot(buffer.seen, buffer.capacity, rng)
+    if policy == "recent":
+        slot = buffer.seen % buffer.capacity
+    elif policy == "random":
+        slot = int(rng.integers(buffer.capacity))
+    else:
+        slot = reservoir_slot(buffer.seen, buffer.capacity, rng)
     buffer.seen += 1
     if slot is None:
         return None
@@ -669,13 +684,452 @@ def benchmark(capacity=1000, offers=1_000_000):
         print(f"{name} of {capacity}: {20_000 / (time.perf_counter() - start):.0f} accepted offers/s")
 
 
+# --------------------------------------------- the channel-prediction experiment (python replay.py)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Where users are, in terms of 3GPP TR 38.901: metres from the base station, in its line of sight or not, and the
+    distance of neighbouring antennas in wavelengths."""
+
+    distance: tuple[float, float]
+    line_of_sight: bool
+    spacing: float
+
+
+SCENARIOS = {
+    "S1 compact": Scenario((120.0, 200.0), False, 1.0),
+    "S2 dense": Scenario((20.0, 60.0), True, 0.25),
+    "S3 standard": Scenario((50.0, 100.0), True, 0.5),
+}
+CARRIER, BANDWIDTH = 5e9, 100e6  # Hz
+STEP = 0.004  # metres that a user moves between two channels
+SPEED = 1.0  # m/s
+SEGMENTS, RESOURCE_BLOCKS = 3, 6  # windows per user: one after the other on its way, times places in the band
+RX, TX = 2, 8  # antennas
+TEST_SHARE = 0.2  # of the users
+SNRS = (0, 5, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)  # dB
+TRAINING_SNR = (0.0, 30.0)  # dB, uniform
+
+BUFFERS = {"naive": None, "random": "random", "reservoir": "reservoir", "brs": "brs", "lars": "lars", "labrs": "labrs"}
+BUFFERS |= {"lars_distill": "lars", "joint": None}
+ARMS = (*BUFFERS, *(f"only {name}" for name in SCENARIOS))
+
+
+@dataclass
+class Args:
+    """An LSTM learns to predict the next MIMO channel in one scenario after another, with each replay buffer. Or, with
+    --laws or --benchmark, the buffers themselves."""
+
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """of data, weights, noise and buffers"""
+    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    """what is compared; "only S1 compact" etc. are trained on that scenario alone"""
+    output: str = "runs/channel_prediction"
+    """directory for results, tables and pictures; what is finished there is not done again"""
+    workers: int | None = None
+    """arms at a time; default: one per CPU core, one on a GPU"""
+    model: str = "lstm"
+    """lstm, gru or transformer"""
+    hidden: int = 64
+    """units per layer"""
+    layers: int = 3
+    """of the model"""
+    users: int = 256
+    """per scenario; a fifth of them is for testing"""
+    past: int = 8
+    """channels that the next one is predicted from"""
+    epochs: int = 12
+    """per scenario"""
+    batch_size: int = 64
+    """new windows per step; with a buffer as many replayed ones beside them"""
+    capacity: int = 500
+    """windows that a buffer holds"""
+    learning_rate: float = 5e-3
+    """of Adam, at the start"""
+    final_rate: float = 0.1
+    """the rate falls exponentially, window by window, to this share of it at the end of the run"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    distill_coef: float = 1.0
+    """lars_distill: weight of the NMSE to the predictions of the model as it was before the current scenario"""
+    autocast: bool = False
+    """compute in bfloat16"""
+    eval_snr: float = 20.0
+    """dB, of the forgetting curves and of the table"""
+    laws: bool = False
+    """show what each buffer policy keeps of a stream, instead"""
+    benchmark: bool = False
+    """offers per second, instead"""
+
+
+def generate_channels(scenario: Scenario, users, steps, seed) -> np.ndarray:
+    """Clean downlink channels of users on straight ways, complex (users, steps, RESOURCE_BLOCKS, RX * TX), each user's
+    of mean power 1: the UMi model of 3GPP TR 38.901 by sionna, with uniform linear arrays at both ends."""
+    import sionna.phy
+    from sionna.phy.channel import cir_to_ofdm_channel
+    from sionna.phy.channel.tr38901 import PanelArray, UMi
+
+    rng = np.random.default_rng(seed)
+    sionna.phy.config.seed = int(rng.integers(2**31))
+    kind = {"num_rows_per_panel": 1, "polarization": "single", "polarization_type": "V", "antenna_pattern": "omni"}
+    kind |= {"carrier_frequency": CARRIER, "element_horizontal_spacing": scenario.spacing}
+    model = UMi(
+        carrier_frequency=CARRIER,
+        o2i_model="low",
+        ut_array=PanelArray(num_cols_per_panel=RX, **kind),
+        bs_array=PanelArray(num_cols_per_panel=TX, **kind),
+        direction="downlink",
+        enable_pathloss=False,
+        enable_shadow_fading=False,
+    )
+
+    def vectors(x, y, z):
+        columns = [np.broadcast_to(value, users) for value in (x, y, z)]
+        return torch.tensor(np.stack(columns, 1), dtype=torch.float32)[:, None]
+
+    distance, azimuth = rng.uniform(*scenario.distance, users), rng.uniform(-np.pi / 3, np.pi / 3, users)
+    heading, turned = rng.uniform(0, 2 * np.pi, users), rng.uniform(0, 2 * np.pi, users)
+    model.set_topology(
+        ut_loc=vectors(distance * np.cos(azimuth), distance * np.sin(azimuth), 1.5),
+        bs_loc=vectors(0.0, 0.0, 10.0),
+        ut_orientations=vectors(turned, 0.0, 0.0),
+        bs_orientations=vectors(0.0, 0.0, 0.0),
+        ut_velocities=vectors(SPEED * np.cos(heading), SPEED * np.sin(heading), 0.0),
+        in_state=torch.zeros(users, 1, dtype=torch.bool),
+        los=scenario.line_of_sight,
+    )
+    gains, delays = model(num_time_samples=steps, sampling_frequency=SPEED / STEP)
+    frequencies = (torch.arange(RESOURCE_BLOCKS) - (RESOURCE_BLOCKS - 1) / 2) * BANDWIDTH / RESOURCE_BLOCKS
+    h = cir_to_ofdm_channel(frequencies, gains, delays)  # user, 1, rx, 1, tx, step, frequency
+    h = h[:, 0, :, 0].permute(0, 3, 4, 1, 2).flatten(3)
+    return (h / h.abs().square().mean((1, 2, 3), keepdim=True).sqrt()).numpy()
+
+
+def channel_windows(args: Args, seed) -> dict[str, tuple]:
+    """(training, test) windows of each scenario, complex (windows, past + 1, RX * TX), of different users. Generated
+    once and kept in `output`."""
+    path = Path(args.output) / f"channels_{args.users}users_{args.past}past_seed{seed}.npz"
+    if not path.exists():
+        steps = SEGMENTS * (args.past + 1)
+        made = [generate_channels(s, args.users, steps, [seed, k]) for k, s in enumerate(SCENARIOS.values())]
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez(temporary, *made)
+        temporary.replace(path)
+    with np.load(path, allow_pickle=False) as file:
+        channels = [torch.from_numpy(file[name]) for name in file.files]
+    windows = {}
+    for name, h in zip(SCENARIOS, channels, strict=True):
+        h = h.unflatten(1, (SEGMENTS, args.past + 1)).transpose(2, 3)  # user, segment, block, step, antennas
+        test = round(len(h) * TEST_SHARE)
+        windows[name] = (h[test:].flatten(0, 2), h[:test].flatten(0, 2))
+    return windows
+
+
+class ChannelPredictor(torch.nn.Module):
+    """The next channel from noisy past ones: complex (B, past, antennas) -> (B, antennas)."""
+
+    def __init__(self, kind="lstm", hidden=64, layers=3, past=8, antennas=RX * TX):
+        super().__init__()
+        self.attends = kind == "transformer"
+        if self.attends:
+            self.enter = torch.nn.Linear(2 * antennas, hidden)
+            self.position = torch.nn.Parameter(0.02 * torch.randn(past, hidden))
+            layer = torch.nn.TransformerEncoderLayer(hidden, 4, 4 * hidden, 0.0, batch_first=True, norm_first=True)
+            self.body = torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        else:
+            recurrent = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[kind]
+            self.body = recurrent(2 * antennas, hidden, layers, batch_first=True)
+        self.head = torch.nn.Linear(hidden, 2 * antennas)
+
+    def forward(self, noisy):
+        x = torch.view_as_real(noisy).flatten(-2)
+        x = self.body(self.enter(x) + self.position) if self.attends else self.body(x)[0]
+        return torch.view_as_complex(self.head(x[:, -1]).float().unflatten(-1, (-1, 2)).contiguous())
+
+
+def nmse(predicted, target):
+    """||predicted - target||^2 / ||target||^2 of each item, complex (B, antennas) -> (B,)."""
+    return (predicted - target).abs().square().sum(-1) / target.abs().square().sum(-1)
+
+
+def augment(windows, generator, snr=None):
+    """(noisy past channels, clean next one) of clean windows, drawn anew at each use: one random phase per window and
+    white noise at `snr` dB, by default uniform over TRAINING_SNR (independent buffer augmentation)."""
+    n = len(windows)
+    low, high = TRAINING_SNR if snr is None else (snr, snr)
+    snrs = low + (high - low) * torch.rand(n, 1, 1, generator=generator)
+    windows = windows * torch.exp(2j * torch.pi * torch.rand(n, 1, 1, generator=generator))
+    power = windows.abs().square().mean((1, 2), keepdim=True)
+    noise = torch.randn(windows[:, :-1].shape, dtype=windows.dtype, generator=generator)
+    return windows[:, :-1] + noise * (power * 10 ** (-snrs / 10)).sqrt(), windows[:, -1]
+
+
+@torch.no_grad()
+def measure_nmse(model, windows, snr) -> float:
+    """E||error||^2 / E||channel||^2 in dB over test windows; the same noise every time."""
+    noisy, target = augment(windows, torch.Generator().manual_seed(0), snr)
+    device = next(model.parameters()).device
+    error = model(noisy.to(device)).cpu() - target
+    return 10 * math.log10(error.abs().square().sum() / target.abs().square().sum())
+
+
+def run_arm(args: Args, arm, seed) -> dict:
+    """Trains one model over its scenarios. Returns the NMSE in dB on every scenario's test users, at `eval_snr` after
+    each epoch ("curve", from before the first) and at the end over SNRS, and the seconds it took."""
+    start = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    windows = channel_windows(args, seed)
+    torch.manual_seed(seed)
+    generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    model = ChannelPredictor(args.model, args.hidden, args.layers, args.past).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), args.learning_rate)
+    stages = [arm.removeprefix("only ")] if arm.startswith("only ") else list(SCENARIOS)
+    policy, teacher, seen = BUFFERS.get(arm), None, 0
+    buffer = Buffer(args.capacity)
+    size = len(windows[stages[0]][0])
+    decay = args.final_rate ** (1 / (len(stages) * args.epochs * size))  # per window seen
+    autocast = torch.autocast(device, torch.bfloat16, enabled=args.autocast)
+
+    def measure(snr):
+        return [measure_nmse(model, test, snr) for _, test in windows.values()]
+
+    def learn(new, stage):
+        nonlocal seen
+        drawn = sample(buffer, len(new), rng=rng)
+        old = [buffer.items[i] for i in drawn]
+        noisy, target = augment(torch.cat([new, *(item[None] for item in old)]), generator)
+        noisy, target = noisy.to(device), target.to(device)
+        with autocast:
+            predicted = model(noisy)
+        losses = nmse(predicted, target)
+        loss = losses.mean()
+        earlier = [len(new) + k for k, i in enumerate(drawn) if buffer.labels[i] < stage]
+        if teacher is not None and earlier:
+            with torch.no_grad():
+                taught = teacher(noisy[earlier])
+            loss = loss + args.distill_coef * nmse(predicted[earlier], taught).sum() / len(losses)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * decay**seen
+        seen += len(new)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        losses = losses.tolist()
+        update_losses(buffer, drawn, losses[len(new) :])
+        return losses[: len(new)]
+
+    curve = [measure(args.eval_snr)]
+    for stage, name in enumerate(stages):
+        train = torch.cat([windows[s][0] for s in stages]) if arm == "joint" else windows[name][0]
+        for epoch in range(args.epochs):
+            order = torch.randperm(len(train), generator=generator)[:size]
+            for index in order.split(args.batch_size):
+                losses = learn(train[index], stage)
+                if policy and epoch == 0:  # each window is offered once
+                    for i, loss in zip(index.tolist(), losses, strict=True):
+                        add(buffer, train[i].clone(), label=stage, loss=loss, policy=policy, rng=rng)
+            curve.append(measure(args.eval_snr))
+        if arm == "lars_distill":
+            teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    snr = dict(zip(SCENARIOS, zip(*[measure(value) for value in SNRS], strict=True), strict=True))
+    return {"arm": arm, "seed": seed, "seconds": time.perf_counter() - start, "curve": curve, "snr": snr}
+
+
+def run_arm_to_file(args: Args, arm, seed, path: Path) -> dict:
+    if args.workers != 1:
+        torch.set_num_threads(1)
+    result = run_arm(args, arm, seed)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result))
+    temporary.replace(path)
+    return result
+
+
+def run_experiment(args: Args):
+    """All arms and seeds, several at a time; then tables and pictures."""
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    results = output / "results"
+    results.mkdir(exist_ok=True)
+    settings = {k: v for k, v in asdict(args).items() if k not in ("seeds", "arms", "output", "workers")}
+    written = output / "settings.json"
+    if written.exists() and json.loads(written.read_text()) != settings:
+        raise ValueError(f"{output} holds results of other settings ({written}); choose another --output")
+    written.write_text(json.dumps(settings, indent=1))
+    jobs = [
+        (arm, seed, results / f"{arm.replace(' ', '_')}_seed{seed}.json") for seed in args.seeds for arm in args.arms
+    ]
+    todo = [job for job in jobs if not job[2].exists()]
+    for seed in tqdm(sorted({seed for _, seed, _ in todo}), desc="channels", leave=False):
+        channel_windows(args, seed)
+    workers = args.workers or (1 if torch.cuda.is_available() else os.cpu_count())
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="arms x seeds")
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(run_arm_to_file, args, *job) for job in todo]):
+            done.result()
+            bar.update()
+    bar.close()
+    found = [json.loads(path.read_text()) for _, _, path in jobs]
+    write_tables(args, found, output)
+    plot_results(args, found, output)
+
+
+def over_seeds(values) -> tuple[float, float]:
+    """(mean, half width of the 95% confidence interval by Student's t, nan for one value)."""
+    from scipy import stats
+
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def forgetting_db(result, epochs) -> list[float]:
+    """By how many dB the NMSE on each scenario but the last has risen since the model had just learnt it."""
+    return [result["curve"][-1][k] - result["curve"][(k + 1) * epochs][k] for k in range(len(SCENARIOS) - 1)]
+
+
+def write_tables(args: Args, found, output):
+    """Prints the table and writes it, with all that is in the pictures, as CSV."""
+    by_arm = {arm: sorted((r for r in found if r["arm"] == arm), key=lambda r: r["seed"]) for arm in args.arms}
+    naive = [np.mean(forgetting_db(r, args.epochs)) for r in by_arm.get("naive", [])]
+
+    def cell(values):
+        mean, half = over_seeds(values)
+        return f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}"
+
+    names = [*SCENARIOS, "mean", *(f"forgetting {name.split()[0]}" for name in list(SCENARIOS)[:-1]), "less than naive"]
+    lines = [
+        f"| NMSE, dB at {args.eval_snr:g} dB SNR | {' | '.join(names)} | seconds |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    rows = []
+    for arm, results in by_arm.items():
+        final = np.array([r["curve"][-1] for r in results])
+        columns = [cell(values) for values in (*final.T, final.mean(1))]
+        lost = None
+        if arm in BUFFERS and arm != "joint":
+            lost = np.array([forgetting_db(r, args.epochs) for r in results])
+            columns += [cell(values) for values in lost.T]
+            columns.append(f"{1 - lost.mean() / np.mean(naive):.0%}" if naive and arm != "naive" else "")
+        else:
+            columns += [""] * len(SCENARIOS)
+        lines.append(f"| {arm} | {' | '.join(columns)} | {np.mean([r['seconds'] for r in results]):.0f} |")
+        for k, r in enumerate(results):
+            rows.append([arm, r["seed"], *final[k], *(lost[k] if lost is not None else ["", ""]), r["seconds"]])
+    print("\n".join(lines))
+    if by_arm.get("lars") and by_arm.get("reservoir"):
+        pairs = zip(by_arm["lars"], by_arm["reservoir"], strict=True)
+        gain = [np.mean(b["curve"][-1]) - np.mean(a["curve"][-1]) for a, b in pairs]
+        print(f"\nlars is better than reservoir by {cell(gain)} dB (mean over scenarios, paired by seed)")
+    (output / "table.md").write_text("\n".join(lines) + "\n")
+    names = list(SCENARIOS)
+    head = ["arm", "seed", *names, *(f"forgetting {name}" for name in names[:-1]), "seconds"]
+    write_csv(output / "table.csv", head, rows)
+    rows = [[r["arm"], r["seed"], epoch, *row] for r in found for epoch, row in enumerate(r["curve"])]
+    write_csv(output / "forgetting_curve.csv", ["arm", "seed", "epoch", *names], rows)
+    rows = [[r["arm"], r["seed"], s, *(r["snr"][n][k] for n in names)] for r in found for k, s in enumerate(SNRS)]
+    write_csv(output / "nmse_over_snr.csv", ["arm", "seed", "SNR in dB", *names], rows)
+
+
+def write_csv(path, head, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+
+
+def plot_results(args: Args, found, output):
+    """forgetting_curve.png, nmse_over_snr.png and single_scenario.png: means over seeds, 95% intervals as bands."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.style.use(["petroff10", {"font.size": 8, "savefig.dpi": 200, "axes.grid": True, "grid.alpha": 0.3}])
+    names = list(SCENARIOS)
+    present = [arm for arm in args.arms if any(r["arm"] == arm for r in found)]
+
+    def line(axes, x, values, label, dash="-"):
+        mean, half = zip(*[over_seeds(column) for column in np.array(values).T], strict=True)
+        (drawn,) = axes.plot(x, mean, dash, label=label, linewidth=1.2)
+        axes.fill_between(x, np.subtract(mean, half), np.add(mean, half), color=drawn.get_color(), alpha=0.2, lw=0)
+
+    def figure(file, lines, xlabel, titles, sharey=True):
+        """lines(k): of panel k, (x, values of each seed, label) one after the other."""
+        picture, panels = plt.subplots(1, len(titles), figsize=(7.2, 2.6), sharey=sharey, layout="constrained")
+        for k, axes in enumerate(panels):
+            for i, (x, values, label) in enumerate(lines(k)):
+                line(axes, x, values, label, ("-", "--", "-.", ":")[i % 4])
+            axes.set(title=titles[k], xlabel=xlabel)
+        panels[0].set_ylabel("NMSE, dB")
+        handles, labels = panels[0].get_legend_handles_labels()
+        picture.legend(handles, labels, loc="outside right center", frameon=False)
+        picture.savefig(output / file)
+        plt.close(picture)
+        return picture
+
+    def runs(arm):
+        return [r for r in found if r["arm"] == arm]
+
+    def curves(k):
+        for arm in (arm for arm in present if arm in BUFFERS):
+            values = [[row[k] for row in r["curve"][1:]] for r in runs(arm)]
+            yield range(1, len(values[0]) + 1), values, arm
+
+    def snrs(k):
+        for arm in (arm for arm in ("naive", "reservoir", "lars", "joint") if arm in present):
+            yield SNRS, [r["snr"][names[k]] for r in runs(arm)], arm
+
+    def singles(k):
+        for name in names:
+            yield SNRS, [r["snr"][name] for r in runs(f"only {names[k]}")], f"tested on {name}"
+
+    if any(arm in BUFFERS for arm in present):
+        title = f"epoch ({args.epochs} on each scenario)"
+        figure("forgetting_curve.png", curves, title, [f"test users of {name}" for name in names])
+        figure("nmse_over_snr.png", snrs, "SNR, dB", [f"test users of {name}" for name in names])
+    if all(f"only {name}" in present for name in names):
+        figure("single_scenario.png", singles, "SNR, dB", [f"trained on {name} only" for name in names])
+
+
+def check_args(args: Args):
+    """Raises ValueError for settings that cannot work."""
+    positive = "hidden layers past epochs batch_size capacity learning_rate final_rate max_grad_norm"
+    for name in positive.split():
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"{name} must be greater than 0, got {getattr(args, name)}")
+    if args.users < 5:
+        raise ValueError(f"users must be 5 or more, for one to test on, got {args.users}")
+    if not 0 <= args.distill_coef < math.inf or not math.isfinite(args.eval_snr):
+        raise ValueError(f"distill_coef must be 0 or more, eval_snr finite; got {args.distill_coef}, {args.eval_snr}")
+    if args.model not in ("lstm", "gru", "transformer"):
+        raise ValueError(f"unknown model {args.model!r}; choose one of lstm, gru, transformer")
+    if args.model == "transformer" and args.hidden % 4:
+        raise ValueError(f"hidden must be a multiple of the transformer's 4 heads, got {args.hidden}")
+    for arm in args.arms:
+        if arm not in ARMS:
+            raise ValueError(f"unknown arm {arm!r}; choose from {', '.join(ARMS)}")
+    for name in ("arms", "seeds"):
+        if not getattr(args, name) or len(set(getattr(args, name))) < len(getattr(args, name)):
+            raise ValueError(f"{name} must name each of them once, got {getattr(args, name)}")
+    if min(args.seeds) < 0 or (args.workers is not None and args.workers < 1):
+        raise ValueError(f"seeds must be 0 or more and workers at least 1, got {args.seeds} and {args.workers}")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Shows what each buffer policy keeps of a stream.")
-    parser.add_argument("--benchmark", action="store_true", help="offers per second instead")
-    if parser.parse_args().benchmark:
+    args = tyro.cli(Args)
+    if args.laws:
+        show_laws()
+    elif args.benchmark:
         benchmark()
     else:
-        show_laws()
+        try:
+            check_args(args)
+            run_experiment(args)
+        except (ValueError, OSError) as error:
+            print(f"replay.py: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
