@@ -17,10 +17,12 @@ import inspect
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, is_dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -937,14 +939,17 @@ def run_arm(args: Args, arm, seed) -> dict:
     return {"arm": arm, "seed": seed, "seconds": time.perf_counter() - start, "curve": curve, "snr": snr}
 
 
-def run_arm_to_file(args: Args, arm, seed, path: Path) -> dict:
-    if args.workers != 1:
-        torch.set_num_threads(1)
+def start_worker(threads):
+    """Of a process of its own: the cores are shared out, and Ctrl-C ends it without a word."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_arm_to_file(args: Args, arm, seed, path: Path):
     result = run_arm(args, arm, seed)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result))
     temporary.replace(path)
-    return result
 
 
 def run_experiment(args: Args):
@@ -965,8 +970,9 @@ def run_experiment(args: Args):
     for seed in tqdm(sorted({seed for _, seed, _ in todo}), desc="channels", leave=False):
         channel_windows(args, seed)
     workers = args.workers or (1 if torch.cuda.is_available() else os.cpu_count())
+    threads = max(1, os.cpu_count() // workers)
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="arms x seeds")
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (threads,)) as pool:
         for done in as_completed([pool.submit(run_arm_to_file, args, *job) for job in todo]):
             done.result()
             bar.update()
@@ -1130,6 +1136,9 @@ def main():
         except (ValueError, OSError) as error:
             print(f"replay.py: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except (KeyboardInterrupt, BrokenProcessPool):
+            print(f"\nstopped; what is finished is in {args.output}, the same command goes on", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
