@@ -1128,6 +1128,7 @@ def policy_loss(
     kl_estimator="k3",
     normalizer=None,
     max_tokens=None,
+    dual_clip=None,
 ):
     """(loss, stats) of the clipped objective; all tensors (B, T), advantages (B,) or (B, T).
 
@@ -1138,6 +1139,8 @@ def policy_loss(
       dapo     sum of l / normalizer                                    (Yu et al. 2025, eq. 8)
       gspo     r is the exponential of the sequence's mean log-ratio, then as grpo (Zheng et al. 2025, arXiv:2507.18071)
       cispo    -stop_grad(min(r, epsilon_high)) A logprobs / normalizer (MiniMax-M1, arXiv:2506.13585); epsilon_high ~ 5
+    `dual_clip`: where A < 0, l is dual_clip |A| at most, since a ratio far above 1, which only conversations of an older
+    policy have, would outweigh all the others (Ye et al. 2020, arXiv:1912.09729, eq. 5; not in cispo, which has a cap).
     `normalizer`: action tokens over all ranks and micro-batches of the step (dapo, cispo; default: of this batch).
     The KL penalty to `ref_logprobs` is added per token, times `kl_coef` (see `kl_estimate`).
     Masked tokens never enter, NaN or not. stats: token means over this batch (floats).
@@ -1163,8 +1166,13 @@ def policy_loss(
         clipped = ratio > epsilon_high
     else:
         bounded = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-        loss = -torch.minimum(ratio * advantages, bounded * advantages)
+        objective = torch.minimum(ratio * advantages, bounded * advantages)
         clipped = (ratio * advantages) > (bounded * advantages)
+        if dual_clip is not None:
+            floor = torch.where(advantages < 0, dual_clip * advantages, -torch.inf)
+            clipped = clipped | (objective < floor)
+            objective = torch.maximum(objective, floor)
+        loss = -objective
     stats = {}
     if ref_logprobs is not None:
         kl = kl_estimate(ref_logprobs.where(mask, zero) - logprobs, kl_estimator)

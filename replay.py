@@ -497,7 +497,7 @@ class TrajectoryReplayCL(ReplayCL):
     policies = POLICIES
     stores_trajectories = True
 
-    def __init__(self, clone_coef=1.0, **kwargs):
+    def __init__(self, clone_coef=0.05, **kwargs):
         super().__init__(**kwargs)
         self.cloning = clone_coef > 0
         self.drawn = []
@@ -540,14 +540,18 @@ class TrajectoryReplayCL(ReplayCL):
             self.buffers[domain] = load_buffer(folder / f"replay_{domain}.jsonl")
 
 
+CLONING_CAP = 1.0  # of log r
+
+
 def cloning_loss(logprobs, stored, mask, successful):
     """The behaviour-cloning term of a batch of stored conversations, summed over their sampled tokens (CLEAR, Rolnick
     et al. 2019, arXiv:1811.11682, "policy cloning"): KL(mu || pi) from the policy mu that sampled them, estimated as
-    r - 1 - log r with r = pi / mu, and cross-entropy -log pi where the conversation was successful.
+    r - 1 - log r with r = pi / mu, and cross-entropy -log pi where the conversation was successful. r counts up to e:
+    where a token has become likelier still, the gradient (r - 1) grad log pi would outweigh all others.
 
     logprobs (of pi), stored (of mu) and mask are (B, T), successful (B,). Returns a scalar tensor.
     """
-    log_ratio = (logprobs - stored).clamp(-20, 20)
+    log_ratio = (logprobs - stored).clamp(max=CLONING_CAP)
     kl = log_ratio.exp() - 1 - log_ratio
     return (kl - logprobs * successful[:, None])[mask].sum()
 

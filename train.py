@@ -163,7 +163,7 @@ class Args:
     """a domain with fewer remembered items is not replayed"""
     replay_all_domains: bool = True
     """False: replay the latest previous domain only"""
-    clone_coef: float = 1.0
+    clone_coef: float = 0.05
     """replay of trajectories: weight of the behaviour-cloning term"""
     forgetting_threshold: float = 0.1
     """adaptive_replay: a larger fall of a previous domain's score raises the ratio"""
@@ -513,7 +513,7 @@ def update(trainer: Trainer, kept, replayed=()) -> dict:
         for batch in new_batches:
             step_loss(trainer, batch, counts, new).backward()
         for batch in old_batches:
-            step_loss(trainer, batch, counts, old, cloning=True, losses=losses).backward()
+            step_loss(trainer, batch, counts, old, losses=losses).backward()
         extra = trainer.algorithm.extra_loss(trainer)
         if extra is not None:
             # Every rank's is the same and they are summed; that of sharded weights themselves is one for all.
@@ -581,13 +581,17 @@ class Logged:
         return cls(**{name: extremes.get(name, sum)(p[name] for p in parts) for name in parts[0]})
 
 
-def step_loss(trainer: Trainer, batch, counts, logged: Logged, cloning=False, losses=None):
-    """The share that a micro-batch has in the loss of the step, whose `counts` are over all ranks. Adds to `logged`,
-    and puts the mean loss of each of its conversations into `losses`, by "indices"."""
+DUAL_CLIP = 3.0  # of replayed conversations, see grpo.policy_loss
+
+
+def step_loss(trainer: Trainer, batch, counts, logged: Logged, losses=None):
+    """The share that a micro-batch has in the loss of the step, whose `counts` are over all ranks. Adds to `logged`.
+    `losses` is given for replayed conversations: the loss of each is put there, by "indices"."""
     args = trainer.args
     logprobs, entropy = grpo.token_logprobs(trainer.model, **batch["scored"], return_entropy=True)
     old_logprobs, mask, trained = batch["old_logprobs"], batch["mask"], batch["trained"]
     clip = (args.epsilon_low, args.epsilon_high or (5.0 if args.loss_type == "cispo" else 0.28))
+    dual_clip = DUAL_CLIP if losses is not None else None
     loss, stats = grpo.policy_loss(
         logprobs,
         old_logprobs,
@@ -600,6 +604,7 @@ def step_loss(trainer: Trainer, batch, counts, logged: Logged, cloning=False, lo
         args.kl_estimator,
         normalizer=counts["tokens"],
         max_tokens=args.max_context or args.max_turns * args.max_new_tokens,
+        dual_clip=dual_clip,
     )
     tokens = int(trained.sum())
     if args.loss_type in grpo.PER_SEQUENCE:  # a mean over sequences: this micro-batch's share of it
@@ -607,15 +612,14 @@ def step_loss(trainer: Trainer, batch, counts, logged: Logged, cloning=False, lo
     elif args.loss_type == "bnpo":
         loss = loss * tokens / max(counts["tokens"], 1.0)
     current = logprobs.detach()
-    if cloning:
+    if losses is not None:
         clone = replay.cloning_loss(logprobs, old_logprobs, mask, batch["successful"])
         loss = loss + args.clone_coef * clone / max(counts["replayed_tokens"], 1.0)
         logged.cloning += clone.item()
-    if losses is not None:
         for row, index in enumerate(batch["indices"]):
             row = slice(row, row + 1)
             tensors = (current[row], old_logprobs[row], batch["advantages"][row], trained[row])
-            losses[index] = grpo.policy_loss(*tensors, "grpo", *clip)[0].item()
+            losses[index] = grpo.policy_loss(*tensors, "grpo", *clip, dual_clip=dual_clip)[0].item()
     logged.loss += loss.item()
     logged.kl += stats.get("kl", 0.0) * tokens
     logged.clip_share += stats["clip_share"] * tokens
