@@ -1139,7 +1139,7 @@ def policy_loss(
       dapo     sum of l / normalizer                                    (Yu et al. 2025, eq. 8)
       gspo     r is the exponential of the sequence's mean log-ratio, then as grpo (Zheng et al. 2025, arXiv:2507.18071)
       cispo    -stop_grad(min(r, epsilon_high)) A logprobs / normalizer (MiniMax-M1, arXiv:2506.13585); epsilon_high ~ 5
-    `dual_clip`: where A < 0, l is dual_clip |A| at most, since a ratio far above 1, which only conversations of an older
+    `dual_clip`: where A < 0, l is dual_clip |A| at most: a ratio far above 1, which only conversations of an older
     policy have, would outweigh all the others (Ye et al. 2020, arXiv:1912.09729, eq. 5; not in cispo, which has a cap).
     `normalizer`: action tokens over all ranks and micro-batches of the step (dapo, cispo; default: of this batch).
     The KL penalty to `ref_logprobs` is added per token, times `kl_coef` (see `kl_estimate`).
