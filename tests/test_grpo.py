@@ -159,6 +159,25 @@ def test_policy_loss_and_gradient_agree_with_a_float64_reference(loss_type, esti
     assert 0 <= stats["clip_share"] <= 1
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
+def test_dual_clip_bounds_the_loss_of_negative_advantages_only(loss_type):
+    """Ye et al. 2020, eq. 5: for A < 0, max(min(r A, clip(r) A), c A)."""
+    ratios = [0.1, 0.9, 1.5, 2.9, 3.5, 40.0]
+    for advantage in (-0.5, 0.5):
+        for r in ratios:
+            lp = torch.tensor([[math.log(r)]], requires_grad=True)
+            one = (torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1, dtype=torch.bool))
+            loss, stats = policy_loss(lp, *one, loss_type, dual_clip=3.0)
+            loss.backward()
+            objective = min(r * advantage, min(max(r, 0.8), 1.28) * advantage)
+            if advantage < 0:
+                objective = max(objective, 3.0 * advantage)
+            flat = (advantage > 0 and r > 1.28) or (advantage < 0 and (r < 0.8 or r > 3))
+            assert loss.item() == pytest.approx(-objective, rel=1e-6)
+            assert lp.grad.item() == pytest.approx(0.0 if flat else -r * advantage, rel=1e-5)
+            assert stats["clip_share"] == float(flat)
+
+
 def test_masked_nan_stays_out():
     lp = torch.tensor([[0.0, -1.0, math.nan]], requires_grad=True)
     mask = torch.tensor([[False, True, False]])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import replay
 from replay import AdaptiveReplayCL, Buffer, ReplayCL, TaskRef, add, sample
@@ -137,6 +138,19 @@ def test_every_policy_has_the_reservoirs_gate(policy):
             slot = add(buffer, item, label=item % 2, loss=item, policy=policy, rng=rng)
         accepted += slot is not None
     assert abs(accepted / 2000 - 0.25) < 0.05
+
+
+def test_random_overwrites_any_slot_with_every_item():
+    """An item survives k later offers to a full buffer with probability (1 - 1/M)^k; the last is always there."""
+    M, N, runs = 4, 12, 5000
+    kept = np.zeros(N)
+    for run in range(runs):
+        rng, buffer = np.random.default_rng(run), Buffer(M)
+        for item in range(N):
+            assert add(buffer, item, policy="random", rng=rng) is not None
+        kept[buffer.items] += 1
+    expected = np.array([(1 - 1 / M) ** (N - max(item + 1, M)) for item in range(N)])
+    assert near(kept / runs, expected, runs)
 
 
 def test_recent_keeps_the_latest():
@@ -338,3 +352,94 @@ def test_state_survives_json(kind):
 def test_bad_input_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong(np.random.default_rng(0))
+
+
+# ------------------------------------------------------------------------------ replay of trajectories
+
+
+def conversation(domain, task_id, reward, advantage, tokens=3):
+    sampled = {"token_ids": [1] * tokens, "logprobs": [-1.0] * tokens, "turns": [0] * tokens}
+    return {"domain": domain, "task_id": task_id, **sampled, "advantage": advantage, "reward": reward}
+
+
+def finished_step(algorithm, *rows, domain, losses=()):
+    algorithm.post_step_hook(SimpleNamespace(finished=list(rows), replayed_losses=list(losses), groups=[]), domain)
+
+
+def test_stored_conversations_have_their_task_as_label_and_their_loss():
+    algorithm = replay.TrajectoryReplayCL(replay_ratio=0.5, min_buffer_size=1)
+    rows = [(conversation("airline", "3", 1.0, 0.5), -0.5), (conversation("airline", "4", 1.0, None), 0.0)]
+    finished_step(algorithm, *rows, domain="airline")
+    assert algorithm.buffers["airline"].labels == ["airline/3", "airline/4"]
+    assert algorithm.buffers["airline"].losses == [-0.5, 0.0]
+    assert algorithm.augment_trajectories(4, "airline") == [] and algorithm.augment_batch(["x"], "retail") == ["x"]
+    drawn = algorithm.augment_trajectories(2, "retail")
+    assert sorted(item["task_id"] for item in drawn) == ["3", "4"]
+    finished_step(algorithm, domain="retail", losses=[7.0, 7.0])
+    assert algorithm.buffers["airline"].losses == [7.0, 7.0]
+    assert algorithm.bytes_kept() == sum(len(json.dumps(item)) for item, _ in rows)
+
+
+def test_without_cloning_what_has_no_advantage_is_not_stored():
+    rows = [(conversation("airline", "3", 1.0, 0.5), -0.5), (conversation("airline", "4", 1.0, None), 0.0)]
+    for clone_coef, kept in ((0.0, ["3"]), (0.1, ["3", "4"])):
+        algorithm = replay.TrajectoryReplayCL(clone_coef=clone_coef)
+        finished_step(algorithm, *rows, domain="airline")
+        assert [item["task_id"] for item in algorithm.buffers["airline"].items] == kept
+
+
+def test_only_successful_conversations_become_demonstrations():
+    algorithm = replay.TrajectoryReplayCL(replay_ratio=0.5, min_buffer_size=1)
+    rows = [(conversation("airline", str(n), float(n == 2), 0.5), 0.0) for n in range(4)]
+    finished_step(algorithm, *rows, domain="airline")
+    drawn = algorithm.augment_trajectories(3, "retail", successful=True)
+    assert {item["task_id"] for item in drawn} == {"2"}
+    failures = replay.TrajectoryReplayCL(replay_ratio=0.5, min_buffer_size=1)
+    finished_step(failures, *(row for row in rows if row[0]["reward"] == 0), domain="airline")
+    assert failures.augment_trajectories(3, "retail", successful=True) == []
+    assert len(failures.augment_trajectories(3, "retail")) == 3
+
+
+@pytest.mark.parametrize("policy", replay.POLICIES)
+def test_stored_conversations_are_saved_with_the_checkpoint(policy, tmp_path):
+    algorithm = replay.TrajectoryReplayCL(buffer_policy=policy, replay_buffer_size=3, min_buffer_size=1)
+    for n in range(6):
+        rows = [(conversation(d, str(n % 2), n / 6, 0.1 * n), 0.3 * n) for d in ("airline", "retail")]
+        finished_step(algorithm, *rows, domain="retail")
+    algorithm.save(tmp_path)
+    again = replay.TrajectoryReplayCL(buffer_policy=policy, replay_buffer_size=3, min_buffer_size=1)
+    again.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
+    again.load(tmp_path)
+    assert again.buffers == algorithm.buffers and list(again.buffers) == ["airline", "retail"]
+    assert again.augment_trajectories(9, "telecom") == algorithm.augment_trajectories(9, "telecom")
+
+
+def test_cloning_is_the_kl_from_the_policy_that_sampled():
+    """In expectation over that policy, value and gradient are those of KL(mu || pi) over the whole vocabulary."""
+    rng = torch.Generator().manual_seed(0)
+    mu = torch.randn(7, generator=rng, dtype=torch.float64).log_softmax(0)
+    logits = (mu + 0.2 * torch.randn(7, generator=rng, dtype=torch.float64)).requires_grad_()
+    pi = logits.log_softmax(0)
+    assert (pi - mu).max() < replay.CLONING_CAP
+    exact = (mu.exp() * (mu - pi)).sum()
+    (gradient,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    mask, failed = torch.ones(1, 1, dtype=torch.bool), torch.tensor([False])
+    terms = [replay.cloning_loss(pi[k].view(1, 1), mu[k].view(1, 1), mask, failed) for k in range(7)]
+    ours = sum(mu[k].exp() * terms[k] for k in range(7))
+    assert ours.item() == pytest.approx(exact.item(), rel=1e-9)
+    torch.testing.assert_close(torch.autograd.grad(ours, logits)[0], gradient)
+    at_mu = mu.clone().requires_grad_()
+    replay.cloning_loss(at_mu[None], mu[None], torch.ones(1, 7, dtype=torch.bool), failed).backward()
+    assert at_mu.grad.abs().max() < 1e-12
+
+
+def test_cloning_adds_cross_entropy_where_successful_and_leaves_out_the_masked():
+    logprobs = torch.tensor([[-0.5, -2.0, -9.0], [-1.0, -3.0, -1.0]], requires_grad=True)
+    stored = torch.tensor([[-1.0, -2.0, -9.0], [-1.0, -2.5, -7.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    loss = replay.cloning_loss(logprobs, stored, mask, torch.tensor([True, False]))
+    kl = [np.exp(d) - 1 - d for d in (0.5, 0.0, 0.0, -0.5, 1.0)]  # the last is capped
+    assert loss.item() == pytest.approx(sum(kl) + 0.5 + 2.0, rel=1e-6)
+    loss.backward()
+    expected = [[np.exp(0.5) - 2, -1.0, 0.0], [0.0, np.exp(-0.5) - 1, 0.0]]
+    torch.testing.assert_close(logprobs.grad, torch.tensor(expected, dtype=torch.float32))

@@ -1,5 +1,6 @@
 """train.py as a user runs it: whole runs, resumed and killed runs, several ranks, and bad input."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -412,6 +413,211 @@ def test_truncated_conversations_can_be_left_out_of_the_loss():
     assert [t.task_id for t, _ in kept] == ["5"] and kept[0][1] == 0.0  # in the baseline they stay
 
 
+# --------------------------------------------------------------------------- replay of trajectories
+
+
+def as_item(trajectory, advantage, reward):
+    item = {name: getattr(trajectory, name) for name in train.STORED}
+    return {**item, "reward": reward, "advantage": advantage}
+
+
+# Advantage and reward of stored conversations; None: the rewards of its group did not vary.
+STORED_LAW = [(0.7, 1.0), (-0.4, 0.0), (None, 1.0), (None, 0.0), (-1.2, 0.5)]
+
+
+def replay_step(loss_type, clone_coef=0.3, **settings):
+    """(gradient, statistics, losses of the replayed ones) of two groups of new conversations and five stored ones."""
+    trainer, trajectories = law_trainer(loss_type, clone_coef=clone_coef, **settings)
+    before = law_weights(trainer)
+    groups = [train.Group(None, False, LAW_REWARDS[i]) for i in (0, 2)]
+    mine = [trajectories[3 * i + k] for i in (0, 2)[grpo.rank() :: grpo.world_size()] for k in range(3)]
+    stored = zip(trajectories[3:6] + trajectories[9:11], STORED_LAW, strict=True)
+    replayed = [as_item(t, *values) for t, values in stored]
+    stats = train.update(trainer, train.with_advantages(trainer, mine, groups), replayed)
+    return before - law_weights(trainer), stats, trainer.replayed_losses
+
+
+def reference_replay_loss(trainer, fresh, stored, clone_coef):
+    """The loss of `replay_step` for dapo, written out per token in float64."""
+    model, args = trainer.model.double(), trainer.args
+    reference_model = copy.deepcopy(model)
+    with torch.no_grad():
+        for p, value in zip(reference_model.parameters(), trainer.reference, strict=True):
+            p.copy_(value)
+    tokens_in_loss = sum(sum(t.action_mask) for t, a, _ in [*fresh, *stored] if a is not None)
+    cloned = sum(sum(t.action_mask) for t, _, _ in stored)
+    total, items = 0.0, []
+    for number, (t, advantage, reward) in enumerate([*fresh, *stored]):
+        ids = torch.tensor([t.token_ids])
+        logprobs = model(input_ids=ids).logits.log_softmax(-1)[0]
+        reference = reference_model(input_ids=ids).logits.log_softmax(-1)[0].detach()
+        old, mean_loss = number >= len(fresh), []
+        for place in [k for k, sampled in enumerate(t.action_mask) if sampled]:
+            logp = logprobs[place - 1, t.token_ids[place]]
+            log_ratio = logp - t.logprobs[place]
+            if advantage is not None:
+                a = advantage * args.gamma ** (max(t.turns) - t.turns[place])
+                ratio = log_ratio.exp()
+                clipped = min(max(ratio.item(), 1 - args.epsilon_low), 1.28)
+                objective = ratio * a if ratio.item() * a <= clipped * a else torch.tensor(clipped * a)
+                if old and a < 0 and objective.item() < 3 * a:
+                    objective = torch.tensor(3 * a)
+                d = reference[place - 1, t.token_ids[place]] - logp
+                total = total + (-objective + args.kl_coef * (d.exp() - d - 1)) / tokens_in_loss
+                mean_loss.append(-objective.item())
+            if old:
+                x = log_ratio if log_ratio.item() < 1 else torch.tensor(1.0)
+                clone = x.exp() - 1 - x - (logp if reward == 1.0 else 0.0)
+                total = total + clone_coef * clone / cloned
+        items.append(sum(mean_loss) / max(len(mean_loss), 1))
+    return total, items[len(fresh) :]
+
+
+def test_stored_conversations_are_members_of_the_batch_and_cloned():
+    gradient, stats, losses = replay_step("dapo")
+    trainer, trajectories = law_trainer("dapo", clone_coef=0.3)
+    advantages = grpo.group_advantages(torch.tensor([LAW_REWARDS[0], LAW_REWARDS[2]])).flatten().tolist()
+    fresh = [(t, a, 0.0) for t, a in zip(trajectories[:3] + trajectories[6:9], advantages, strict=True)]
+    stored = [(t, *v) for t, v in zip(trajectories[3:6] + trajectories[9:11], STORED_LAW, strict=True)]
+    loss, expected = reference_replay_loss(trainer, fresh, stored, 0.3)
+    loss.backward()
+    reference = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    assert apart(gradient.double(), reference) < 1e-4
+    assert stats["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert losses == pytest.approx(expected, rel=1e-4) and expected[2] == expected[3] == 0.0
+    assert stats["replayed_conversations"] == 5
+    without = replay_step("dapo", clone_coef=0.0)[0]
+    assert apart(without, gradient) > 1e-2
+
+
+@pytest.mark.parametrize("loss_type", grpo.LOSS_TYPES)
+def test_replayed_conversations_obey_the_gradient_law(loss_type):
+    together, stats, losses = replay_step(loss_type)
+    singly, stats_singly, losses_singly = replay_step(loss_type, micro_batch_tokens=1)
+    assert apart(singly, together) < 1e-5
+    assert losses_singly == pytest.approx(losses, rel=1e-4, abs=1e-6)
+    names = set(stats) - {"update_seconds"}
+    assert {n: stats_singly[n] for n in names} == pytest.approx({n: stats[n] for n in names}, rel=1e-4, abs=1e-6)
+
+
+REPLAY_CASES = [("dapo", False), ("grpo", False), ("bnpo", False), ("dapo", True)]
+
+
+def replay_rank(rank, path):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{path}.sync", rank=rank, world_size=2)
+    for case, (loss_type, shard) in enumerate(REPLAY_CASES):
+        gradient, stats, losses = replay_step(loss_type, micro_batch_tokens=40, shard=shard)
+        torch.save(gradient, f"{path}.{case}.{rank}")
+        Path(f"{path}.{case}.{rank}.json").write_text(json.dumps([stats, losses]))
+    torch.distributed.destroy_process_group()
+
+
+def test_replayed_conversations_are_shared_out_over_ranks(tmp_path):
+    torch.multiprocessing.spawn(replay_rank, [str(tmp_path / "law")], nprocs=2)
+    for case, (loss_type, _) in enumerate(REPLAY_CASES):
+        alone, stats, losses = replay_step(loss_type)
+        for rank in (0, 1):
+            assert apart(torch.load(tmp_path / f"law.{case}.{rank}", weights_only=True), alone) < 1e-5
+            found, found_losses = json.loads((tmp_path / f"law.{case}.{rank}.json").read_text())
+            assert found_losses == pytest.approx(losses, rel=1e-4, abs=1e-6)
+            names = set(stats) - {"update_seconds"}
+            assert {n: found[n] for n in names} == pytest.approx({n: stats[n] for n in names}, rel=1e-4, abs=1e-6)
+
+
+TRAJECTORIES = ["--cl_algorithm", "replay", "--replay_kind", "trajectories", "--lr_decay", "0.99"]
+
+
+def test_a_run_with_stored_conversations_leaves_old_environments_alone(tmp_path, monkeypatch):
+    stored, seen = [], []
+    hook = replay.TrajectoryReplayCL.post_step_hook
+
+    def look(self, trainer, domain):
+        hook(self, trainer, domain)
+        stored.append({d: len(b.items) for d, b in self.buffers.items()})
+        seen.append(trainer.state["examples"])
+
+    monkeypatch.setattr(replay.TrajectoryReplayCL, "post_step_hook", look)
+    summary = train.train(small_args(tmp_path, *TRAJECTORIES, "--clone_coef", "0.1", "--run_name", "r"))
+    records = evaluation.read_jsonl(tmp_path / "r" / "trajectories.jsonl")
+    rollouts = [r for r in records if r["kind"] == "rollout"]
+    assert not any(r["replayed"] for r in rollouts)
+    assert {r["domain"] for r in rollouts if r["global_step"] >= 2} == {"telecom"}
+    assert stored == [{"airline": 4}, {"airline": 8}, {"airline": 8, "telecom": 4}, {"airline": 8, "telecom": 8}]
+    steps = [r for r in evaluation.read_jsonl(tmp_path / "r" / "metrics.jsonl") if r["kind"] == "step"]
+    assert "replayed_kl" not in steps[1]
+    counts = [r.get("replayed_conversations", 0) for r in steps]
+    assert counts[:2] == [0, 0] and all(2 <= n <= 3 for n in counts[2:])  # 0.4 of the batch: 4 * 2 / 3
+    for r in steps[2:]:
+        assert r["replayed_kl"] > 0 and r["replayed_ratio_min"] <= 1 <= r["replayed_ratio_max"]
+        assert 0 <= r["replayed_clip_share"] <= 1
+    assert summary["bytes_kept"] > 8 * 100
+    # lr_decay: by everything trained on before the step, demonstrations of the warm start among it.
+    assert seen[0] == 2 * 2 + 4 and seen[1] == seen[0] + 4 and seen[3] == seen[2] + 4 + counts[3]
+    rates = [7e-4 * 0.99 ** (examples - 4 - n) for examples, n in zip(seen, counts, strict=True)]
+    assert [r["learning_rate"] for r in steps] == pytest.approx(rates)
+
+
+def test_what_is_stored_can_be_trained_on(tmp_path, monkeypatch):
+    """Token ids, behaviour log-probabilities and turns are those of the rollout; the advantage is its group's."""
+    rewards = iter([1.0, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(evaluation, "score_and_record", lambda e, t: scored(e, t, next(rewards)))
+
+    def scored(episode, trajectory, reward):
+        trajectory.reward = reward
+        return {"reward": reward, "domain": trajectory.domain}
+
+    trainer = train.set_up(small_args(tmp_path, *TRAJECTORIES, "--gradient_accumulation_steps", "2"))
+    batch = train.sample_batch(trainer, 2)
+    kept, _, _, _ = train.collect(trainer, batch)
+    assert [item["advantage"] for item, _ in trainer.finished] == [0.5, -0.5, None, None]
+    assert [loss for _, loss in trainer.finished] == [-0.5, 0.5, 0.0, 0.0]
+    trajectory, advantage = train.as_trajectory(json.loads(json.dumps(trainer.finished[0][0])))
+    assert advantage == 0.5 and trajectory.reward == 1.0
+    for name in ("domain", "task_id", "token_ids", "logprobs", "turns", "action_mask"):
+        assert getattr(trajectory, name) == getattr(kept[0][0], name)
+
+
+def test_stored_conversations_survive_a_stop(tmp_path, monkeypatch, capsys):
+    (tmp_path / "stopper.py").write_text(STOPPER.replace("AdaptiveReplayCL", "TrajectoryReplayCL"))
+    flags = ["--cl_algorithm", f"{tmp_path / 'stopper.py'}:Stopper", "--buffer_policy", "lars", "--lr_decay", "0.99"]
+    flags += ["--replay_buffer_size", "3"]
+    train.train(small_args(tmp_path, *flags, "--run_name", "whole"))
+    monkeypatch.setenv("STOP_AT", "3")
+    monkeypatch.setenv("STOP_WITH", str(int(signal.SIGTERM)))
+    with pytest.raises(train.Interrupted):
+        train.train(small_args(tmp_path, *flags, "--run_name", "stopped"))
+    last = tmp_path / "stopped" / "checkpoints" / "LAST"
+    lines = (last / "replay_airline.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        for spoilt in (lines.replace('"loss"', '"lass"'), ""):
+            (last / "replay_airline.jsonl").write_text(spoilt)
+            assert "damaged" in fail(patch, capsys, "--resume", str(tmp_path / "stopped"))
+    (last / "replay_airline.jsonl").write_text(lines)
+    train.train(Args(resume=str(tmp_path / "stopped")))
+    for a, b in zip(*(comparable(tmp_path / name) for name in ("whole", "stopped")), strict=True):
+        assert a == b
+    saved = [tmp_path / name / "checkpoints" / "LAST" / "replay_airline.jsonl" for name in ("whole", "stopped")]
+    assert saved[0].read_text() == saved[1].read_text() and len(lines.splitlines()) == 1 + 3
+
+
+# ------------------------------------------------------------------------------------------ joint training
+
+
+def test_joint_training_draws_from_all_domains(tmp_path):
+    summary = train.train(small_args(tmp_path, "--cl_algorithm", "joint", "--run_name", "joint"))
+    records = evaluation.read_jsonl(tmp_path / "joint" / "trajectories.jsonl")
+    rollouts = [r for r in records if r["kind"] == "rollout"]
+    assert not any(r["replayed"] for r in rollouts)
+    tasks = {(r["global_step"], r["domain"], r["task_id"]) for r in rollouts}
+    assert len(tasks) == 8 and {d for step, d, _ in tasks if step < 2} == {"airline", "telecom"}
+    assert len({task[1:] for task in tasks if task[0] < 2}) == 4  # an epoch: each task of the two domains once
+    warm = [r for r in evaluation.read_jsonl(tmp_path / "joint" / "metrics.jsonl") if r["kind"] == "warmup"]
+    assert len(warm) == 2 * 2 and set(summary["warm_start"]) == {"airline", "telecom"}
+    assert summary["stages"] == ["1/2 of all", "2/2 of all"] and len(summary["R"]) == 2
+    assert "after 2/2 of all" in (tmp_path / "joint" / "report.md").read_text()
+
+
 def test_learning_rate_schedules():
     args = Args(num_steps_per_task=10, learning_rate=2.0, lr_warmup_steps=4)
     for name, expected in (
@@ -673,6 +879,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
         ("--cl_algorithm nowhere.py:Magic", "nowhere.py"),
         ("--replay_strategy best", "best"),
         ("--buffer_policy best", "best"),
+        ("--cl_algorithm replay --buffer_policy lars", "trajectories"),
+        ("--replay_kind rollouts", "rollouts"),
+        ("--cl_algorithm adaptive_replay --replay_kind trajectories", "--replay_kind tasks"),
+        ("--clone_coef -1", "clone_coef"),
+        ("--lr_decay 0", "lr_decay"),
+        ("--lr_decay 1.01", "lr_decay"),
         ("--replay_ratio 1.0", "replay_ratio"),
         ("--replay_ratio -0.1", "replay_ratio"),
         ("--max_tasks_per_domain 0", "max_tasks"),
