@@ -1060,47 +1060,51 @@ def plot_results(args: Args, found, output):
     names = list(SCENARIOS)
     present = [arm for arm in args.arms if any(r["arm"] == arm for r in found)]
 
-    def line(axes, x, values, label, dash="-"):
-        mean, half = zip(*[over_seeds(column) for column in np.array(values).T], strict=True)
-        (drawn,) = axes.plot(x, mean, dash, label=label, linewidth=1.2)
-        axes.fill_between(x, np.subtract(mean, half), np.add(mean, half), color=drawn.get_color(), alpha=0.2, lw=0)
+    def runs(arm):
+        return [r for r in found if r["arm"] == arm]
 
-    def figure(file, lines, xlabel, titles, sharey=True):
-        """lines(k): of panel k, (x, values of each seed, label) one after the other."""
-        picture, panels = plt.subplots(1, len(titles), figsize=(7.2, 2.6), sharey=sharey, layout="constrained")
+    def figure(lines, xlabel, titles):
+        """lines(k): of panel k, (x, values of each seed, label, colour) one after the other."""
+        picture, panels = plt.subplots(1, len(titles), figsize=(7.2, 2.6), sharey=True, layout="constrained")
         for k, axes in enumerate(panels):
-            for i, (x, values, label) in enumerate(lines(k)):
-                line(axes, x, values, label, ("-", "--", "-.", ":")[i % 4])
+            for x, values, label, colour in lines(k):
+                mean, half = zip(*[over_seeds(column) for column in np.array(values).T], strict=True)
+                style = {"color": f"C{colour}", "linestyle": ("-", "--", "-.", ":")[colour % 4]}
+                axes.plot(x, mean, **style, label=label, linewidth=1.2)
+                axes.fill_between(x, np.subtract(mean, half), np.add(mean, half), color=f"C{colour}", alpha=0.2, lw=0)
             axes.set(title=titles[k], xlabel=xlabel)
         panels[0].set_ylabel("NMSE, dB")
         handles, labels = panels[0].get_legend_handles_labels()
         picture.legend(handles, labels, loc="outside right center", frameon=False)
+        return picture, panels
+
+    def save(file, picture):
         picture.savefig(output / file)
         plt.close(picture)
-        return picture
-
-    def runs(arm):
-        return [r for r in found if r["arm"] == arm]
 
     def curves(k):
         for arm in (arm for arm in present if arm in BUFFERS):
             values = [[row[k] for row in r["curve"][1:]] for r in runs(arm)]
-            yield range(1, len(values[0]) + 1), values, arm
+            yield range(1, len(values[0]) + 1), values, arm, list(BUFFERS).index(arm)
 
     def snrs(k):
         for arm in (arm for arm in ("naive", "reservoir", "lars", "joint") if arm in present):
-            yield SNRS, [r["snr"][names[k]] for r in runs(arm)], arm
+            yield SNRS, [r["snr"][names[k]] for r in runs(arm)], arm, list(BUFFERS).index(arm)
 
     def singles(k):
-        for name in names:
-            yield SNRS, [r["snr"][name] for r in runs(f"only {names[k]}")], f"tested on {name}"
+        for colour, name in enumerate(names):
+            yield SNRS, [r["snr"][name] for r in runs(f"only {names[k]}")], f"tested on {name}", colour
 
+    tested = [f"test users of {name}" for name in names]
     if any(arm in BUFFERS for arm in present):
-        title = f"epoch ({args.epochs} on each scenario)"
-        figure("forgetting_curve.png", curves, title, [f"test users of {name}" for name in names])
-        figure("nmse_over_snr.png", snrs, "SNR, dB", [f"test users of {name}" for name in names])
+        picture, panels = figure(curves, "epoch (shaded: this scenario)", tested)
+        for k, axes in enumerate(panels):
+            axes.axvspan(k * args.epochs, (k + 1) * args.epochs, color="0.5", alpha=0.12, linewidth=0)
+        save("forgetting_curve.png", picture)
+        save("nmse_over_snr.png", figure(snrs, "SNR, dB", tested)[0])
     if all(f"only {name}" in present for name in names):
-        figure("single_scenario.png", singles, "SNR, dB", [f"trained on {name} only" for name in names])
+        titles = [f"trained on {name} only" for name in names]
+        save("single_scenario.png", figure(singles, "SNR, dB", titles)[0])
 
 
 def check_args(args: Args):
