@@ -19,12 +19,13 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, is_dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -944,46 +945,62 @@ def run_arm(args: Args, arm, seed) -> dict:
 
 
 def start_worker(threads):
-    """Of a process of its own: the cores are shared out, and Ctrl-C ends it without a word."""
+    """Of a process of its own: the cores are shared out, Ctrl-C ends it without a word, and so does the main process
+    when it ends, killed or not."""
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    def end_with_parent():
+        parent_process().join()
+        os._exit(1)
 
-def run_arm_to_file(args: Args, arm, seed, path: Path):
-    result = run_arm(args, arm, seed)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def run_job(args, function, job, path: Path):
+    result = function(args, *job)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result))
     temporary.replace(path)
 
 
-def run_experiment(args: Args):
-    """All arms and seeds, several at a time; then tables and pictures."""
+def run_jobs(args, function, jobs, prepare=None) -> list[dict]:
+    """function(args, *job) of each job (arm, seed), args.workers at a time, in processes of their own. Each result is
+    written below args.output as soon as there is one, and what is there already is not done again; `prepare(jobs)` is
+    called with what is left to do. Raises ValueError where the results found are of other settings."""
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     results = output / "results"
-    results.mkdir(exist_ok=True)
-    settings = {k: v for k, v in asdict(args).items() if k not in ("seeds", "arms", "output", "workers")}
+    results.mkdir(parents=True, exist_ok=True)
+    settings = {k: v for k, v in asdict(args).items() if k not in ("seeds", "arms", "scenarios", "output", "workers")}
     written = output / "settings.json"
     if written.exists() and json.loads(written.read_text()) != settings:
         raise ValueError(f"{output} holds results of other settings ({written}); choose another --output")
     written.write_text(json.dumps(settings, indent=1))
-    jobs = [
-        (arm, seed, results / f"{arm.replace(' ', '_')}_seed{seed}.json") for seed in args.seeds for arm in args.arms
-    ]
-    todo = [job for job in jobs if not job[2].exists()]
-    for seed in tqdm(sorted({seed for _, seed, _ in todo}), desc="channels", leave=False):
-        channel_windows(args, seed)
+    paths = {job: results / f"{'_'.join(map(str, job)).replace(' ', '_')}.json" for job in jobs}
+    todo = [job for job in jobs if not paths[job].exists()]
+    if prepare and todo:
+        prepare(todo)
     workers = args.workers or (1 if torch.cuda.is_available() else os.cpu_count())
     threads = max(1, os.cpu_count() // workers)
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="arms x seeds")
     with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (threads,)) as pool:
-        for done in as_completed([pool.submit(run_arm_to_file, args, *job) for job in todo]):
+        for done in as_completed([pool.submit(run_job, args, function, job, paths[job]) for job in todo]):
             done.result()
             bar.update()
     bar.close()
-    found = [json.loads(path.read_text()) for _, _, path in jobs]
-    write_tables(args, found, output)
-    plot_results(args, found, output)
+    return [json.loads(path.read_text()) for path in paths.values()]
+
+
+def run_experiment(args: Args):
+    """All arms and seeds, several at a time; then tables and pictures."""
+
+    def make_channels(todo):
+        for seed in tqdm(sorted({seed for _, seed in todo}), desc="channels", leave=False):
+            channel_windows(args, seed)
+
+    found = run_jobs(args, run_arm, [(arm, seed) for seed in args.seeds for arm in args.arms], make_channels)
+    write_tables(args, found, Path(args.output))
+    plot_results(args, found, Path(args.output))
 
 
 def over_seeds(values) -> tuple[float, float]:

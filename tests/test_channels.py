@@ -251,18 +251,18 @@ def test_the_experiment_writes_tables_and_pictures_and_does_nothing_twice(tmp_pa
     assert rows[0] == ["arm", "seed", "SNR in dB", *SCENARIOS] and len(rows) == 1 + 7 * 2 * len(replay.SNRS)
     results = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
     assert len(results) == 14
-    first = json.loads((tmp_path / "results" / "naive_seed0.json").read_text())
+    first = json.loads((tmp_path / "results" / "naive_0.json").read_text())
     with open(tmp_path / "table.csv") as file:
         table = list(csv.DictReader(file))
     row = next(r for r in table if r["arm"] == "naive" and r["seed"] == "0")
     assert float(row[f"forgetting {S1}"]) == pytest.approx(first["curve"][-1][0] - first["curve"][1][0])
     assert float(row[f"forgetting {S2}"]) == pytest.approx(first["curve"][-1][1] - first["curve"][2][1])
-    (tmp_path / "results" / "naive_seed0.json").unlink()
+    (tmp_path / "results" / "naive_0.json").unlink()
     again = run_replay(*flags)
     assert again.returncode == 0 and set(results) == set((tmp_path / "results").iterdir())
     changed = [path.name for path, when in results.items() if path.stat().st_mtime_ns != when]
-    assert changed == ["naive_seed0.json"]
-    redone = json.loads((tmp_path / "results" / "naive_seed0.json").read_text())
+    assert changed == ["naive_0.json"]
+    redone = json.loads((tmp_path / "results" / "naive_0.json").read_text())
     assert redone["curve"] == first["curve"]
     other = run_replay(*flags, "--capacity", "30")
     assert other.returncode == 2 and "other settings" in other.stderr and other.stderr.count("\n") == 1
