@@ -1,0 +1,758 @@
+"""What is re-imagined: generative replay. No sample of an earlier task is kept; a generator learns their distribution.
+
+    python generative.py                the experiment on split digits, table and pictures
+    python generative.py --mnist DIR    on MNIST's four files in DIR
+
+Data flow, at the n-th task: the frozen generator of the previous task -> a generated batch -> the frozen solver labels
+it -> solver and generator both learn with L = (1/n) L_current + (1 - 1/n) L_replay on that same batch (Shin et al.
+2017, arXiv:1705.08690). At the task's end both are frozen anew, and what was stored of the task is dropped.
+
+To change what is generated, write a class with the methods of `VAE`; how it is rehearsed, `GenerativeReplay.step`.
+"""
+
+import copy
+import gzip
+import math
+import struct
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from replay import Buffer, add, over_seeds, run_jobs, sample, write_csv
+
+GENERATORS = ("vae", "conv", "gan")
+TARGETS = ("hard", "soft")
+
+
+# ------------------------------------------------------------------------------------------ the formulas
+
+
+def replay_weights(n) -> tuple[float, float]:
+    """The shares of the current and of the replayed loss at the n-th task, n from 1: (1/n, 1 - 1/n), so that every
+    task so far counts the same (Shin et al. 2017, eq. 1 with r = 1/n).
+
+    >>> replay_weights(4)
+    (0.25, 0.75)
+    """
+    if n < 1:
+        raise ValueError(f"tasks are counted from 1, got {n}")
+    return 1 / n, 1 - 1 / n
+
+
+def elbo_loss(x, reconstruction, mu, logvar) -> Tensor:
+    """The negative evidence lower bound per sample, a mean over the batch (Kingma and Welling 2014, arXiv:1312.6114):
+    binary cross-entropy summed over the inputs, + KL(N(mu, exp(logvar)) || N(0, 1)) summed over the latents.
+
+    x, reconstruction: (B, ...) in [0, 1]; mu, logvar: (B, latent). Raises ValueError for inputs outside [0, 1] or NaN.
+    """
+    if not (x.min() >= 0 and x.max() <= 1):  # false for NaN, too
+        found = x.flatten()[~((x.flatten() >= 0) & (x.flatten() <= 1))][0].item()
+        raise ValueError(f"inputs of a Bernoulli likelihood must be in [0, 1], got {found}")
+    reconstruction_loss = F.binary_cross_entropy(reconstruction, x, reduction="sum")
+    kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum()
+    return (reconstruction_loss + kl) / len(x)
+
+
+def distillation_loss(student_logits, teacher_logits, temperature=2.0) -> Tensor:
+    """Cross-entropy of the student to softmax(teacher / T), times T^2 so that its gradient keeps its size whatever T is
+    (Hinton et al. 2015, arXiv:1503.02531, section 2), a mean over the batch.
+
+    Logits are (B, classes); classes beyond the teacher's, which are new, have probability 0 in the target.
+    """
+    target = F.softmax(teacher_logits / temperature, 1)
+    new = student_logits.shape[1] - teacher_logits.shape[1]
+    target = F.pad(target, (0, new))
+    return -(target * F.log_softmax(student_logits / temperature, 1)).sum(1).mean() * temperature**2
+
+
+def hard_loss(student_logits, teacher_logits) -> Tensor:
+    """Cross-entropy to the class that the teacher finds likeliest (Shin et al. 2017)."""
+    return F.cross_entropy(student_logits, teacher_logits.argmax(1))
+
+
+# ---------------------------------------------------------------------------------------- the generators
+
+
+def _one_hot(condition, num_conditions, like) -> Tensor:
+    """(B, num_conditions); nothing where there are no conditions."""
+    if not num_conditions:
+        return like.new_zeros(len(like), 0)
+    if condition is None:
+        raise ValueError(f"this generator has {num_conditions} conditions: name one for each sample")
+    return F.one_hot(condition, num_conditions).to(like)
+
+
+class VAE(nn.Module):
+    """A variational autoencoder of inputs in [0, 1]; with `num_conditions`, of what each condition (a class, a domain)
+    looks like (Sohn et al. 2015)."""
+
+    def __init__(self, input_dim, hidden_dims=(256, 128), latent_dim=32, dropout=0.1, num_conditions=0):
+        super().__init__()
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+        self.latent_dim, self.num_conditions, self.shape = latent_dim, num_conditions, (input_dim,)
+        width, layers = input_dim + num_conditions, []
+        for hidden in hidden_dims:
+            layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
+            width = hidden
+        self.encoder = nn.Sequential(*layers)
+        self.mu, self.logvar = nn.Linear(width, latent_dim), nn.Linear(width, latent_dim)
+        width, layers = latent_dim + num_conditions, []
+        for hidden in reversed(hidden_dims):
+            layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
+            width = hidden
+        self.decoder = nn.Sequential(*layers, nn.Linear(width, input_dim))
+
+    def encode(self, x, condition=None) -> tuple[Tensor, Tensor]:
+        h = self.encoder(torch.cat([x, _one_hot(condition, self.num_conditions, x)], 1))
+        return self.mu(h), self.logvar(h)
+
+    def decode(self, z, condition=None) -> Tensor:
+        return torch.sigmoid(self.decoder(torch.cat([z, _one_hot(condition, self.num_conditions, z)], 1)))
+
+    def forward(self, x, condition=None):
+        """(reconstruction, mu, logvar) of x (B, input_dim), condition (B,) of integers: one draw of z by
+        reparametrisation, z = mu + exp(logvar / 2) * noise."""
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"inputs must have the shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        mu, logvar = self.encode(x, condition)
+        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        return self.decode(z, condition), mu, logvar
+
+    @torch.no_grad()
+    def generate(self, num_samples, device=None, condition=None) -> Tensor:
+        """Samples of the prior, decoded to their means, (num_samples, input_dim); without dropout."""
+        device = device or self.mu.weight.device
+        training, z = self.training, torch.randn(num_samples, self.latent_dim, device=device)
+        x = self.eval().decode(z, condition)
+        self.train(training)
+        return x
+
+    def optimizers(self, learning_rate) -> list:
+        return [torch.optim.Adam(self.parameters(), learning_rate)]
+
+    def learn(self, optimizers, parts) -> float:
+        """One update on `parts`: (weight, x, condition) of the current and of the generated batch. Returns the loss."""
+        loss = sum(weight * elbo_loss(x, *self(x, condition)) for weight, x, condition in parts)
+        optimizers[0].zero_grad()
+        loss.backward()
+        optimizers[0].step()
+        return loss.item()
+
+
+class ConvVAE(VAE):
+    """The same with convolutions, for images of `image_shape` (channels, height, width), both a multiple of 4. Samples
+    are flat, as those of `VAE`."""
+
+    def __init__(self, image_shape, channels=(32, 64), latent_dim=32, num_conditions=0):
+        nn.Module.__init__(self)
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+        if len(image_shape) != 3 or image_shape[1] % 4 or image_shape[2] % 4:
+            raise ValueError(f"image_shape must be (channels, height, width), these multiples of 4; got {image_shape}")
+        depth, height, width = image_shape
+        first, second = channels
+        self.latent_dim, self.num_conditions, self.shape = latent_dim, num_conditions, (math.prod(image_shape),)
+        small = (second, height // 4, width // 4)
+        down = {"kernel_size": 4, "stride": 2, "padding": 1}
+        self.encoder = nn.Sequential(
+            nn.Unflatten(1, image_shape),
+            nn.Conv2d(depth, first, **down),
+            nn.ReLU(),
+            nn.Conv2d(first, second, **down),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        features = math.prod(small) + num_conditions
+        self.mu, self.logvar = nn.Linear(features, latent_dim), nn.Linear(features, latent_dim)
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_dim + num_conditions, math.prod(small)),
+            nn.ReLU(),
+            nn.Unflatten(1, small),
+            nn.ConvTranspose2d(second, first, **down),
+            nn.ReLU(),
+            nn.ConvTranspose2d(first, depth, **down),
+            nn.Flatten(),
+        )
+
+    def encode(self, x, condition=None):
+        h = torch.cat([self.encoder(x), _one_hot(condition, self.num_conditions, x)], 1)
+        return self.mu(h), self.logvar(h)
+
+
+class WGAN(nn.Module):
+    """The generator of Shin et al.: a Wasserstein GAN with gradient penalty (Gulrajani et al. 2017, arXiv:1704.00028)
+    of inputs in [0, 1], with the interface of `VAE`."""
+
+    PENALTY, CRITIC_STEPS = 10.0, 2
+
+    def __init__(self, input_dim, hidden_dims=(256, 128), latent_dim=32, num_conditions=0):
+        super().__init__()
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+        self.latent_dim, self.num_conditions, self.shape = latent_dim, num_conditions, (input_dim,)
+
+        def mlp(width, hidden_dims, end):
+            layers = []
+            for hidden in hidden_dims:
+                layers += [nn.Linear(width, hidden), nn.LeakyReLU(0.2)]
+                width = hidden
+            return nn.Sequential(*layers, nn.Linear(width, end))
+
+        self.decoder = mlp(latent_dim + num_conditions, tuple(reversed(hidden_dims)), input_dim)
+        self.critic = mlp(input_dim + num_conditions, hidden_dims, 1)
+
+    def decode(self, z, condition=None):
+        return torch.sigmoid(self.decoder(torch.cat([z, _one_hot(condition, self.num_conditions, z)], 1)))
+
+    def judge(self, x, condition=None):
+        return self.critic(torch.cat([x, _one_hot(condition, self.num_conditions, x)], 1))[:, 0]
+
+    def invent(self, condition, number, device):
+        return self.decode(torch.randn(number, self.latent_dim, device=device), condition)
+
+    @torch.no_grad()
+    def generate(self, num_samples, device=None, condition=None) -> Tensor:
+        return self.invent(condition, num_samples, device or self.decoder[0].weight.device)
+
+    def optimizers(self, learning_rate) -> list:
+        kwargs = {"lr": learning_rate, "betas": (0.5, 0.9)}
+        return [
+            torch.optim.Adam(self.decoder.parameters(), **kwargs),
+            torch.optim.Adam(self.critic.parameters(), **kwargs),
+        ]
+
+    def learn(self, optimizers, parts) -> float:
+        """CRITIC_STEPS updates of the critic, one of the generator. Returns the distance that the critic sees."""
+        decoder, critic = optimizers
+        for _ in range(self.CRITIC_STEPS):
+            distance, penalty = 0.0, 0.0
+            for weight, x, condition in parts:
+                fake = self.invent(condition, len(x), x.device).detach()
+                distance = distance + weight * (self.judge(x, condition).mean() - self.judge(fake, condition).mean())
+                mixed = torch.lerp(x, fake, torch.rand(len(x), 1, device=x.device)).requires_grad_()
+                (slope,) = torch.autograd.grad(self.judge(mixed, condition).sum(), mixed, create_graph=True)
+                penalty = penalty + weight * (slope.norm(dim=1) - 1).square().mean()
+            critic.zero_grad()
+            (self.PENALTY * penalty - distance).backward()
+            critic.step()
+        loss = -sum(w * self.judge(self.invent(c, len(x), x.device), c).mean() for w, x, c in parts)
+        decoder.zero_grad()
+        loss.backward()
+        decoder.step()
+        return distance.item()
+
+
+def make_generator(kind, input_dim, image_shape=None, num_conditions=0, **sizes):
+    """The generator of that type: vae, conv or gan."""
+    if kind not in GENERATORS:
+        raise ValueError(f"unknown generator type {kind!r}; choose one of {', '.join(GENERATORS)}")
+    if kind == "conv":
+        if image_shape is None or math.prod(image_shape) != input_dim:
+            raise ValueError(f"image_shape {image_shape} does not fit inputs of {input_dim} values")
+        return ConvVAE(image_shape, latent_dim=sizes["latent_dim"], num_conditions=num_conditions)
+    return {"vae": VAE, "gan": WGAN}[kind](input_dim, num_conditions=num_conditions, **sizes)
+
+
+def frozen(model):
+    """A copy that neither learns nor drops units."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------ the rehearsal
+
+
+class GenerativeReplay:
+    """A solver and a generator that learn one task after another from batches of the current one alone.
+
+    heads: which logits a label or a teacher speaks of (see `Heads`); targets: "hard" or "soft" (see `hard_loss`,
+    `distillation_loss`); memory_size: a reservoir of the current task, from which the generator learns and which is
+    emptied at its end; generator_update_freq: steps of the solver between updates of the generator; replay_weight:
+    times the replayed loss. There is no setting that trains the solver on generated data and not the generator: one
+    that is not rehearsed forgets, and the solver with it.
+    """
+
+    def __init__(
+        self,
+        solver,
+        generator,
+        heads,
+        targets="hard",
+        temperature=2.0,
+        memory_size=500,
+        batch_size=32,
+        replay_weight=1.0,
+        generator_update_freq=5,
+        learning_rate=1e-3,
+        generator_learning_rate=1e-3,
+        rng=None,
+    ):
+        if targets not in TARGETS:
+            raise ValueError(f"unknown targets {targets!r}; choose one of {', '.join(TARGETS)}")
+        for name, value in (("batch_size", batch_size), ("generator_update_freq", generator_update_freq)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.solver, self.generator, self.heads = solver, generator, heads
+        self.targets, self.temperature, self.replay_weight = targets, temperature, replay_weight
+        self.batch_size, self.generator_update_freq = batch_size, generator_update_freq
+        self.rng = rng or np.random.default_rng(0)
+        self.optimizer = torch.optim.Adam(solver.parameters(), learning_rate)
+        self.generator_optimizers = generator.optimizers(generator_learning_rate)
+        self.memory = Buffer(memory_size)
+        self.teacher = self.old_generator = None  # frozen at the end of the previous task
+        self.conditions = self.old_conditions = 0  # 1 + the highest one seen, and what it was at that end
+        self.tasks_done = 0
+        self.steps = 0
+
+    def begin_task(self, x, conditions=None):
+        """Offers the task's samples (N, ...) to the memory, each once."""
+        if conditions is not None:
+            self.conditions = max(self.conditions, 1 + int(max(conditions)))
+        for k in range(len(x)):
+            item = (x[k].clone(), None if conditions is None else int(conditions[k]))
+            add(self.memory, item, rng=self.rng)
+
+    def generated(self, number) -> tuple[Tensor, Tensor | None]:
+        """(x, condition) from the generator of the previous task; conditions evenly over those seen (task-balanced).
+        Raises ValueError before any task has ended."""
+        if self.old_generator is None:
+            raise ValueError("there is nothing to replay before the first task has ended")
+        condition = None
+        if self.old_generator.num_conditions:
+            order = self.rng.permutation(self.old_conditions)
+            condition = torch.tensor([order[k % len(order)] for k in range(number)])
+        return self.old_generator.generate(number, condition=condition), condition
+
+    def step(self, x, y) -> dict:
+        """One update of the solver on a batch of the current task (and of the generator, every
+        generator_update_freq-th time), both with the same generated batch. Returns the losses."""
+        self.steps += 1
+        n = self.tasks_done + 1
+        current, replayed = replay_weights(n)
+        loss = current * self.heads.loss(self.solver(x), y, n)
+        parts = []
+        if n > 1:
+            x_old, condition = self.generated(len(x))
+            loss = loss + self.replay_weight * replayed * self.replay_loss(x_old, n)
+            parts.append((replayed, x_old, condition))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        losses = {"solver": loss.item()}
+        if self.steps % self.generator_update_freq == 0:
+            losses["generator"] = self.teach_generator([(current, *self.remembered(len(x))), *parts])
+        return losses
+
+    def teach_generator(self, parts) -> float:
+        return self.generator.learn(self.generator_optimizers, parts)
+
+    def replay_loss(self, x, n) -> Tensor:
+        """The solver's loss on generated x against the frozen one's labels, at the n-th task."""
+        with torch.no_grad():
+            taught = self.teacher(x)
+        pairs = self.heads.pairs(self.solver(x), taught, n)
+        if self.targets == "hard":
+            return sum(hard_loss(s, t) for s, t in pairs) / len(pairs)
+        return sum(distillation_loss(s, t, self.temperature) for s, t in pairs) / len(pairs)
+
+    def remembered(self, number):
+        """(x, condition) of the current task, from the memory."""
+        items = [self.memory.items[i] for i in sample(self.memory, number, rng=self.rng)]
+        x = torch.stack([x for x, _ in items])
+        return x, None if items[0][1] is None else torch.tensor([c for _, c in items])
+
+    def end_task(self):
+        """Freezes solver and generator as teachers of the next task, and drops all that was stored of this one."""
+        self.old_conditions = self.conditions
+        self.teacher, self.old_generator = frozen(self.solver), frozen(self.generator)
+        self.memory = Buffer(self.memory.capacity)
+        self.tasks_done += 1
+
+
+# ------------------------------------------------------- the experiment on split digits (python generative.py)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Which logits count at the n-th task of `tasks`, of `classes` each (van de Ven and Tolias 2019, arXiv:1904.07734).
+    Labels are 0 .. tasks * classes - 1 in every scenario.
+
+    class   which of all classes so far: one head that grows
+    domain  which of the task's classes, for all tasks the same head; the task is not known
+    task    which of the task's classes, a head for each task; the task is known
+    """
+
+    scenario: str
+    tasks: int
+    classes: int
+
+    @property
+    def outputs(self):
+        return self.classes if self.scenario == "domain" else self.tasks * self.classes
+
+    def choice(self, logits, y, n):
+        """(logits (B, k) that compete, the label among them) for labels y (B,) at the n-th task."""
+        if self.scenario == "class":
+            return logits[:, : n * self.classes], y
+        if self.scenario == "task":
+            logits = logits.unflatten(1, (self.tasks, self.classes))[torch.arange(len(y)), y // self.classes]
+        return logits, y % self.classes
+
+    def loss(self, logits, y, n):
+        return F.cross_entropy(*self.choice(logits, y, n))
+
+    def correct(self, logits, y, n):
+        logits, label = self.choice(logits, y, n)
+        return (logits.argmax(1) == label).float().mean().item()
+
+    def pairs(self, student, teacher, n) -> list[tuple]:
+        """(student's, teacher's logits) of each head that the teacher of the first n - 1 tasks knows."""
+        if self.scenario == "class":
+            return [(student[:, : n * self.classes], teacher[:, : (n - 1) * self.classes])]
+        if self.scenario == "domain":
+            return [(student, teacher)]
+        heads = [slice(k * self.classes, (k + 1) * self.classes) for k in range(n - 1)]
+        return [(student[:, head], teacher[:, head]) for head in heads]
+
+
+class Unrehearsed(GenerativeReplay):
+    """What must not be done: the generator learns the current task only. For the experiment."""
+
+    def teach_generator(self, parts):
+        return self.generator.learn(self.generator_optimizers, [(1.0, *parts[0][1:])])
+
+
+class LwF(GenerativeReplay):
+    """Learning without forgetting (Li and Hoiem 2016, arXiv:1606.09282): the frozen solver labels current inputs."""
+
+    def step(self, x, y):
+        n = self.tasks_done + 1
+        current, replayed = replay_weights(n)
+        loss = current * self.heads.loss(self.solver(x), y, n)
+        if n > 1:
+            loss = loss + replayed * self.replay_loss(x, n)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"solver": loss.item()}
+
+
+# (class, type of generator, targets, conditional) of the arms that have a teacher.
+REHEARSALS = {
+    "unrehearsed": (Unrehearsed, "vae", "soft", False),
+    "hard": (GenerativeReplay, "vae", "hard", False),
+    "soft": (GenerativeReplay, "vae", "soft", False),
+    "conditional_hard": (GenerativeReplay, "vae", "hard", True),
+    "conditional_soft": (GenerativeReplay, "vae", "soft", True),
+    "conv": (GenerativeReplay, "conv", "soft", True),
+    "gan": (GenerativeReplay, "gan", "soft", True),
+    "lwf": (LwF, "vae", "soft", False),
+}
+ARMS = ("naive", *list(REHEARSALS)[:-1], "experience_replay", "lwf", "joint")
+SCENARIOS = ("class", "domain", "task")
+TASKS = 5
+
+
+@dataclass
+class Args:
+    """Split digits: five tasks of two classes one after the other, in the class-, domain- and task-incremental
+    scenario, with each kind of replay."""
+
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """of the split into training and test images, weights, batches and samples"""
+    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    """what is compared"""
+    scenarios: list[str] = field(default_factory=lambda: list(SCENARIOS))
+    """class, domain, task"""
+    output: str = "runs/split_digits"
+    """directory for results, table and pictures; what is finished there is not done again"""
+    workers: int | None = None
+    """arms at a time; default: one per CPU core"""
+    mnist: str | None = None
+    """directory with MNIST's four idx files, as published, packed or not; default: the digits of scikit-learn"""
+    iterations: int = 200
+    """steps per task"""
+    batch_size: int = 64
+    """current images per step, and as many replayed ones"""
+    solver_hidden: int = 100
+    """units in each of the solver's two hidden layers"""
+    generator_hidden: int = 200
+    """units in the generator's hidden layer"""
+    latent_dim: int = 16
+    """of the generator"""
+    learning_rate: float = 1e-3
+    """of the solver (Adam)"""
+    generator_learning_rate: float = 1e-3
+    """of the generator"""
+    generator_update_freq: int = 1
+    """steps of the solver per update of the generator"""
+    temperature: float = 2.0
+    """of soft targets"""
+    buffer_size: int = 100
+    """images that experience_replay keeps"""
+
+
+def load_images(args: Args) -> tuple[Tensor, Tensor, tuple]:
+    """(images (N, pixels) in [0, 1], labels (N,), image shape)."""
+    if args.mnist is None:
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+        return torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y), (1, 8, 8)
+    parts = [
+        (read_idx(args.mnist, f"{k}-images-idx3-ubyte"), read_idx(args.mnist, f"{k}-labels-idx1-ubyte"))
+        for k in ("train", "t10k")
+    ]
+    x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return torch.tensor(x, dtype=torch.float32).flatten(1) / 255, torch.tensor(y, dtype=torch.long), (1, 28, 28)
+
+
+def read_idx(folder, name) -> np.ndarray:
+    """An array of bytes in the idx format: two zeros, type 8, number of dimensions, their sizes, the values."""
+    for path, opened in ((Path(folder) / name, open), (Path(folder) / f"{name}.gz", gzip.open)):
+        if path.is_file():
+            with opened(path, "rb") as file:
+                data = file.read()
+            dimensions = data[3] if data[:3] == b"\0\0\x08" else 0
+            shape = struct.unpack(f">{dimensions}I", data[4 : 4 + 4 * dimensions])
+            if not dimensions or len(data) != 4 + 4 * dimensions + math.prod(shape):
+                raise ValueError(f"{path} is not a whole idx file of bytes")
+            return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    raise ValueError(f"there is no {Path(folder) / name}, packed (.gz) or not")
+
+
+def split_tasks(x, y, seed) -> list[tuple]:
+    """(training images, labels, test images, labels) of each task; a fifth of each class is for testing."""
+    rng, parts = np.random.default_rng(seed), []
+    classes = 10 // TASKS
+    for task in range(TASKS):
+        train, test = [], []
+        for label in range(task * classes, (task + 1) * classes):
+            of_class = rng.permutation(np.flatnonzero((y == label).numpy()))
+            test.append(of_class[: len(of_class) // 5])
+            train.append(of_class[len(of_class) // 5 :])
+        train, test = torch.tensor(np.concatenate(train)), torch.tensor(np.concatenate(test))
+        parts.append((x[train], y[train], x[test], y[test]))
+    return parts
+
+
+def run_arm(args: Args, scenario, arm, seed) -> dict:
+    """Trains one solver on all tasks. Returns R (R[i][j]: accuracy on task j after task i), images generated after each
+    task, seconds, and the bytes kept for the next task."""
+    start = time.perf_counter()
+    x, y, shape = load_images(args)
+    tasks = split_tasks(x, y, seed)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    heads = Heads(scenario, TASKS, 10 // TASKS)
+    width = args.solver_hidden
+    solver = nn.Sequential(
+        nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, heads.outputs)
+    )
+    rehearsal, optimizer, buffer = (
+        None,
+        torch.optim.Adam(solver.parameters(), args.learning_rate),
+        Buffer(args.buffer_size),
+    )
+    if arm in REHEARSALS:
+        kind, generator_type, targets, conditional = REHEARSALS[arm]
+        sizes = {"latent_dim": args.latent_dim}
+        if generator_type != "conv":
+            sizes["hidden_dims"] = (args.generator_hidden,)
+        if generator_type == "vae":
+            sizes["dropout"] = 0.0
+        generator = make_generator(generator_type, x.shape[1], shape, 10 if conditional else 0, **sizes)
+        rehearsal = kind(
+            solver,
+            generator,
+            heads,
+            targets,
+            args.temperature,
+            batch_size=args.batch_size,
+            generator_update_freq=args.generator_update_freq,
+            learning_rate=args.learning_rate,
+            generator_learning_rate=args.generator_learning_rate,
+            rng=rng,
+        )
+    R, samples = [], []
+    for n, (x_task, y_task, _, _) in enumerate(tasks, 1):
+        if arm == "joint":
+            x_task, y_task = (torch.cat([task[k] for task in tasks[:n]]) for k in (0, 1))
+        if rehearsal:
+            rehearsal.begin_task(x_task, y_task if rehearsal.generator.num_conditions else None)
+        for _ in range(args.iterations):
+            index = torch.from_numpy(rng.integers(len(x_task), size=args.batch_size))
+            batch = (x_task[index], y_task[index])
+            if rehearsal:
+                rehearsal.step(*batch)
+                continue
+            loss = heads.loss(solver(batch[0]), batch[1], n)
+            if buffer.items:
+                old = [buffer.items[i] for i in sample(buffer, args.batch_size, rng=rng)]
+                x_old, y_old = torch.stack([image for image, _ in old]), torch.tensor([label for _, label in old])
+                current, replayed = replay_weights(n)
+                loss = current * loss + replayed * heads.loss(solver(x_old), y_old, n)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if rehearsal:
+            rehearsal.end_task()
+        if arm == "experience_replay":
+            for image, label in zip(x_task, y_task.tolist(), strict=True):
+                add(buffer, (image.clone(), label), label=label, rng=rng)
+        with torch.no_grad():
+            R.append(
+                [
+                    heads.correct(solver(x_test), y_test, TASKS if k >= n else n)
+                    for k, (_, _, x_test, y_test) in enumerate(tasks)
+                ]
+            )
+        if rehearsal and arm != "lwf":
+            condition = torch.arange(10) % rehearsal.old_conditions if rehearsal.old_conditions else None
+            images = rehearsal.old_generator.generate(10, condition=condition)
+            samples.append([[round(value, 2) for value in image] for image in images.tolist()])
+    kept = {"joint": sum(task[0].nbytes for task in tasks), "experience_replay": args.buffer_size * x[0].nbytes}.get(
+        arm, 0
+    )
+    if rehearsal:
+        modules = [rehearsal.teacher] + ([rehearsal.old_generator] if arm != "lwf" else [])
+        kept = sum(p.nbytes for module in modules for p in module.parameters())
+    job = {"scenario": scenario, "arm": arm, "seed": seed}
+    return {**job, "R": R, "samples": samples, "seconds": time.perf_counter() - start, "bytes_kept": kept}
+
+
+def backward_transfer(R) -> float:
+    return float(np.mean([R[-1][k] - R[k][k] for k in range(len(R) - 1)]))
+
+
+def text_table(args: Args, found) -> str:
+    """Average accuracy at the end of each scenario, backward transfer of the class-incremental one, seconds, size."""
+
+    def cell(values):
+        mean, half = over_seeds(values)
+        return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"
+
+    names = [
+        *(f"{s}-incremental" for s in args.scenarios),
+        f"backward transfer ({args.scenarios[0]})",
+        "seconds",
+        "kept, kB",
+    ]
+    lines = [f"| accuracy | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for arm in args.arms:
+        results = {s: [r for r in found if r["arm"] == arm and r["scenario"] == s] for s in args.scenarios}
+        columns = [cell([np.mean(r["R"][-1]) for r in rows]) for rows in results.values()]
+        first = results[args.scenarios[0]]
+        columns.append(cell([backward_transfer(r["R"]) for r in first]))
+        columns += [f"{np.mean([r['seconds'] for r in first]):.0f}", f"{first[0]['bytes_kept'] / 1000:.0f}"]
+        lines.append(f"| {arm} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def plot_results(args: Args, found, output):
+    """samples.png: what the generators make after each task (first seed, first scenario). accuracy.png: accuracy on
+    each task after each task, means over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.style.use(["petroff10", {"font.size": 8, "savefig.dpi": 200}])
+    first = [r for r in found if r["scenario"] == args.scenarios[0]]
+    drawn = [r for r in first if r["samples"] and r["seed"] == args.seeds[0]]
+    if drawn:
+        picture, panels = plt.subplots(
+            1, len(drawn), figsize=(1.9 * len(drawn), 1.5), layout="constrained", squeeze=False
+        )
+        for axes, r in zip(panels[0], drawn, strict=True):
+            images = np.array(r["samples"])
+            side = math.isqrt(images.shape[-1])
+            mosaic = images.reshape(*images.shape[:2], side, side).transpose(0, 2, 1, 3).reshape(len(images) * side, -1)
+            axes.imshow(1 - mosaic, cmap="gray", vmin=0, vmax=1)
+            axes.set(title=r["arm"], xticks=[], yticks=[])
+        panels[0, 0].set_ylabel("after tasks 5 ... 1")
+        panels[0, 0].set_ylabel("5  4  3  2  1", labelpad=2)
+        picture.supylabel("after task", fontsize=8)
+        picture.savefig(output / "samples.png")
+        plt.close(picture)
+    columns = math.ceil(len(args.arms) / 2)
+    picture, panels = plt.subplots(
+        2, columns, figsize=(1.5 * columns, 3.2), sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
+    for axes in panels.flat[len(args.arms) :]:
+        axes.axis("off")
+    for axes, arm in zip(panels.flat, args.arms, strict=False):
+        R = np.mean([r["R"] for r in first if r["arm"] == arm], axis=0)
+        for task in range(TASKS):
+            line = ("-", "--", "-.", ":", (0, (5, 1)))[task]
+            axes.plot(
+                range(task + 1, TASKS + 1),
+                R[task:, task],
+                linestyle=line,
+                marker=".",
+                markersize=4,
+                label=f"task {task + 1}",
+            )
+        axes.set(title=arm, ylim=(-0.03, 1.03), xticks=range(1, TASKS + 1))
+        axes.grid(alpha=0.3)
+    picture.supxlabel("tasks learnt", fontsize=8)
+    picture.supylabel("accuracy", fontsize=8)
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside right center", frameon=False)
+    picture.savefig(output / "accuracy.png")
+    plt.close(picture)
+
+
+def check_args(args: Args):
+    """Raises ValueError for settings that cannot work."""
+    positive = "iterations batch_size solver_hidden generator_hidden latent_dim learning_rate generator_learning_rate"
+    for name in f"{positive} generator_update_freq temperature buffer_size".split():
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"{name} must be greater than 0, got {getattr(args, name)}")
+    for name, known in (("arms", ARMS), ("scenarios", SCENARIOS)):
+        for value in getattr(args, name):
+            if value not in known:
+                raise ValueError(f"unknown {name[:-1]} {value!r}; choose from {', '.join(known)}")
+    for name in ("arms", "scenarios", "seeds"):
+        if not getattr(args, name) or len(set(getattr(args, name))) < len(getattr(args, name)):
+            raise ValueError(f"{name} must name each of them once, got {getattr(args, name)}")
+    if min(args.seeds) < 0 or (args.workers is not None and args.workers < 1):
+        raise ValueError(f"seeds must be 0 or more and workers at least 1, got {args.seeds} and {args.workers}")
+    load_images(args)
+
+
+def main():
+    args = tyro.cli(Args)
+    try:
+        check_args(args)
+        jobs = [(scenario, arm, seed) for seed in args.seeds for scenario in args.scenarios for arm in args.arms]
+        found = run_jobs(args, run_arm, jobs)
+        table = text_table(args, found)
+        print(table)
+        output = Path(args.output)
+        (output / "table.md").write_text(table + "\n")
+        rows = [[r["scenario"], r["arm"], r["seed"], i + 1, *row] for r in found for i, row in enumerate(r["R"])]
+        write_csv(
+            output / "accuracy.csv",
+            ["scenario", "arm", "seed", "tasks learnt", *(f"task {k + 1}" for k in range(TASKS))],
+            rows,
+        )
+        plot_results(args, found, output)
+    except (ValueError, OSError) as error:
+        print(f"generative.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (KeyboardInterrupt, BrokenProcessPool):
+        print(f"\nstopped; what is finished is in {args.output}, the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,403 @@
+"""generative.py: the formulas against hand computations, the rule of rehearsal, privacy, and the experiment."""
+
+import csv
+import gc
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import generative
+from generative import VAE, Args, ConvVAE, GenerativeReplay, Heads, distillation_loss, elbo_loss, replay_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# ------------------------------------------------------------------------------------------ the formulas
+
+
+def test_weights_give_every_task_the_same_share():
+    assert [replay_weights(n) for n in (1, 2, 5)] == [(1.0, 0.0), (0.5, 0.5), (0.2, 0.8)]
+    with pytest.raises(ValueError, match="from 1, got 0"):
+        replay_weights(0)
+
+
+def test_elbo_is_the_hand_computed_one():
+    rng = np.random.default_rng(0)
+    x, r = rng.uniform(0.05, 0.95, (2, 3, 7))
+    mu, logvar = rng.normal(size=(2, 3, 4))
+    total = 0.0
+    for b in range(3):
+        total -= sum(x[b, i] * math.log(r[b, i]) + (1 - x[b, i]) * math.log(1 - r[b, i]) for i in range(7))
+        for k in range(4):  # KL of two normal distributions with variances exp(logvar) and 1
+            total += 0.5 * (math.exp(logvar[b, k]) + mu[b, k] ** 2 - 1 - logvar[b, k])
+    assert elbo_loss(*map(torch.from_numpy, (x, r, mu, logvar))).item() == pytest.approx(total / 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [1.5, -0.1, math.nan])
+def test_a_bernoulli_likelihood_takes_values_in_0_to_1_only(wrong):
+    x = torch.full((2, 3), 0.5)
+    x[1, 2] = wrong
+    with pytest.raises(ValueError, match=f"got {'nan' if wrong != wrong else wrong}"):
+        elbo_loss(x, torch.full((2, 3), 0.5), torch.zeros(2, 1), torch.zeros(2, 1))
+
+
+def test_samples_of_the_posterior_carry_its_gradient():
+    """z = mu + exp(logvar / 2) * noise: by finite differences with the same noise."""
+    vae = VAE(5, (6,), 2, dropout=0.0).double()
+    x = torch.rand(4, 5, dtype=torch.float64)
+
+    def loss():
+        torch.manual_seed(3)
+        return elbo_loss(x, *vae(x))
+
+    loss().backward()
+    for layer in (vae.mu, vae.logvar):
+        gradient, eps = layer.bias.grad.clone(), 1e-6
+        for k in range(2):
+            with torch.no_grad():
+                layer.bias[k] += eps
+                high = loss().item()
+                layer.bias[k] -= 2 * eps
+                low = loss().item()
+                layer.bias[k] += eps
+            assert gradient[k].item() == pytest.approx((high - low) / (2 * eps), rel=1e-5)
+    torch.manual_seed(3)
+    mu, logvar = vae.encode(x)
+    z = mu + logvar.exp().sqrt() * torch.randn_like(mu)
+    torch.manual_seed(3)
+    torch.testing.assert_close(vae(x)[0], vae.decode(z))
+
+
+def test_distillation_is_cross_entropy_to_the_softened_teacher():
+    rng = np.random.default_rng(1)
+    student, teacher = rng.normal(size=(6, 5)), rng.normal(size=(6, 3))
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        p = np.exp(t / 2) / np.exp(t / 2).sum()
+        q = np.exp(s / 2) / np.exp(s / 2).sum()
+        total -= sum(p[k] * math.log(q[k]) for k in range(3))  # the two new classes have target 0
+    loss = distillation_loss(torch.from_numpy(student), torch.from_numpy(teacher), 2.0)
+    assert loss.item() == pytest.approx(4 * total / 6, rel=1e-12)
+    same = torch.from_numpy(teacher).requires_grad_()
+    distillation_loss(same, torch.from_numpy(teacher), 2.0).backward()
+    assert same.grad.abs().max() < 1e-12
+
+
+# ---------------------------------------------------------------------------------------- the generators
+
+MAKE = {
+    "vae": lambda conditions: VAE(64, (32,), 8, 0.1, conditions),
+    "conv": lambda conditions: ConvVAE((1, 8, 8), (4, 8), 8, conditions),
+    "gan": lambda conditions: generative.WGAN(64, (32,), 8, conditions),
+}
+
+
+@pytest.mark.parametrize("conditions", [0, 3])
+@pytest.mark.parametrize("kind", MAKE)
+def test_generators_share_an_interface(kind, conditions):
+    generator = MAKE[kind](conditions)
+    condition = torch.tensor([0, 1, 2, 0]) if conditions else None
+    x = generator.generate(4, condition=condition)
+    assert x.shape == (4, 64) and x.min() >= 0 and x.max() <= 1 and not x.requires_grad
+    before = [p.clone() for p in generator.parameters()]
+    loss = generator.learn(generator.optimizers(1e-3), [(0.5, torch.rand(4, 64), condition), (0.5, x, condition)])
+    assert math.isfinite(loss)
+    changed = [not torch.equal(a, b) for a, b in zip(before, generator.parameters(), strict=True)]
+    assert all(changed) or (
+        kind == "gan" and sum(changed) >= len(changed) - 1
+    )  # the critic's last bias has no gradient
+    if conditions:
+        with pytest.raises(ValueError, match="3 conditions"):
+            generator.generate(4)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_generator_learns_its_data_by_condition(kind):
+    """Left half bright under condition 0, right half under 1."""
+    torch.manual_seed(0)
+    generator = MAKE[kind](2)
+    optimizers = generator.optimizers(2e-3)
+    for _ in range(1000 if kind == "gan" else 300):
+        condition = torch.randint(2, (32,))
+        x = torch.full((32, 8, 8), 0.1)
+        x[:, :, :4] += 0.7 * (condition == 0)[:, None, None]
+        x[:, :, 4:] += 0.7 * (condition == 1)[:, None, None]
+        generator.learn(optimizers, [(1.0, x.flatten(1), condition)])
+    made = generator.generate(100, condition=torch.arange(100) % 2).unflatten(1, (8, 8))
+    left, right = made[..., :4].mean((1, 2)), made[..., 4:].mean((1, 2))
+    assert ((left > right) == (torch.arange(100) % 2 == 0)).float().mean() > 0.95
+
+
+def test_the_parts_of_a_generators_loss_are_weighted():
+    """A part of weight 0 changes nothing; two halves of the same batch are the whole."""
+    x, steps = torch.rand(8, 64), []
+    for parts in ([(1.0, x, None)], [(1.0, x, None), (0.0, torch.rand(8, 64), None)]):
+        torch.manual_seed(0)
+        vae = VAE(64, (16,), 4, dropout=0.0)
+        torch.manual_seed(1)
+        vae.learn([torch.optim.SGD(vae.parameters(), 0.01)], parts)
+        steps.append(torch.cat([p.detach().flatten() for p in vae.parameters()]))
+    torch.testing.assert_close(*steps)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: VAE(4, latent_dim=0), "latent_dim must be at least 1, got 0"),
+        (lambda: ConvVAE((1, 8, 8), latent_dim=0), "latent_dim"),
+        (lambda: ConvVAE((1, 9, 8)), "multiples of 4"),
+        (lambda: generative.WGAN(4, latent_dim=0), "latent_dim"),
+        (lambda: generative.make_generator("flow", 4), "unknown generator type 'flow'; choose one of vae, conv, gan"),
+        (lambda: generative.make_generator("conv", 60, (1, 8, 8), latent_dim=2), "does not fit inputs of 60"),
+        (lambda: VAE(4)(torch.rand(2, 5)), r"must have the shape \(B, 4\), got \(2, 5\)"),
+        (lambda: rehearsal().generated(3), "before the first task has ended"),
+        (lambda: rehearsal(targets="firm"), "unknown targets 'firm'"),
+        (lambda: rehearsal(generator_update_freq=0), "generator_update_freq must be at least 1, got 0"),
+        (lambda: rehearsal(memory_size=0), "capacity must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ------------------------------------------------------------------------------------------ the rehearsal
+
+
+def rehearsal(conditions=0, scenario="class", **settings):
+    torch.manual_seed(0)
+    heads = Heads(scenario, 3, 2)
+    solver = nn.Sequential(nn.Linear(64, 16), nn.Dropout(0.5), nn.Linear(16, heads.outputs))
+    settings = {"generator_update_freq": 1, "batch_size": 8, **settings}
+    return GenerativeReplay(solver, VAE(64, (16,), 4, 0.1, conditions), heads, **settings)
+
+
+def task(k, n=20):
+    rng = torch.Generator().manual_seed(k)
+    return torch.rand(n, 64, generator=rng), torch.arange(n) % 2 + 2 * k
+
+
+def learn(replayer, *tasks, steps=3, conditional=False):
+    for k in tasks:
+        x, y = task(k)
+        replayer.begin_task(x, y if conditional else None)
+        for _ in range(steps):
+            replayer.step(x[:8], y[:8])
+        replayer.end_task()
+
+
+def test_solver_and_generator_learn_from_the_same_generated_batch_with_the_same_weights(monkeypatch):
+    replayer = rehearsal(generator_update_freq=2)
+    learn(replayer, 0, 1)
+    labelled, taught = [], []
+    monkeypatch.setattr(replayer, "replay_loss", lambda x, n: labelled.append(x) or torch.zeros((), requires_grad=True))
+    monkeypatch.setattr(replayer.generator, "learn", lambda optimizers, parts: taught.append(parts) or 0.0)
+    x, y = task(2)
+    replayer.begin_task(x)
+    for _ in range(4):
+        replayer.step(x[:8], y[:8])
+    assert len(labelled) == 4 and len(taught) == 2  # generator_update_freq
+    for parts in taught:
+        assert [weight for weight, _, _ in parts] == list(replay_weights(3))
+        assert any(parts[1][1] is batch for batch in labelled)
+        assert all((image == x).all(1).any() for image in parts[0][1])  # from the memory of the current task
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+def test_the_solvers_step_is_the_formula(targets):
+    replayer = rehearsal(targets=targets, replay_weight=0.7)
+    learn(replayer, 0)
+    replayer.solver.eval()  # no dropout, so that it can be computed again
+    x, y = task(1)
+    replayer.begin_task(x)
+    generated = replayer.old_generator.generate(8)
+    replayer.generated = lambda number: (generated, None)
+    student, teacher = replayer.solver(generated).double(), replayer.teacher(generated).double()
+    old = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        if targets == "hard":
+            label = 0 if t[0] > t[1] else 1
+            old -= s[label] - math.log(sum(math.exp(v) for v in s[:4]))
+        else:
+            p = np.exp(np.array(t[:2]) / 2) / np.exp(np.array(t[:2]) / 2).sum()
+            log_q = np.array(s[:4]) / 2 - math.log(sum(math.exp(v / 2) for v in s[:4]))
+            old -= 4 * (p * log_q[:2]).sum()
+    logits = replayer.solver(x[:8])[:, :4].double().tolist()
+    new = -sum(v[k] - math.log(sum(map(math.exp, v))) for v, k in zip(logits, y[:8].tolist(), strict=True))
+    losses = replayer.step(x[:8], y[:8])
+    assert losses["solver"] == pytest.approx(0.5 * new / 8 + 0.7 * 0.5 * old / 8, rel=1e-5)
+
+
+def test_teacher_and_generator_are_frozen_at_the_tasks_end():
+    replayer = rehearsal()
+    learn(replayer, 0)
+    modules = (replayer.teacher, replayer.old_generator)
+    before = [p.clone() for module in modules for p in module.parameters()]
+    x, y = task(1)
+    replayer.begin_task(x)
+    for _ in range(5):
+        replayer.step(x[:8], y[:8])
+    assert (replayer.teacher, replayer.old_generator) == modules
+    after = [p for module in modules for p in module.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(p.requires_grad or p.grad is not None for p in after)
+    assert not any(module.training for top in modules for module in top.modules())
+    assert any(
+        not torch.equal(a, b) for a, b in zip(replayer.solver.parameters(), replayer.teacher.parameters(), strict=True)
+    )
+    replayer.end_task()
+    assert replayer.teacher is not modules[0]
+    for a, b in zip(replayer.solver.parameters(), replayer.teacher.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def reachable(root):
+    """Every object that can be reached from `root`."""
+    seen, stack = {}, [root]
+    while stack:
+        for child in gc.get_referents(stack.pop()):
+            if id(child) not in seen and not isinstance(child, (type, type(sys), type(gc.collect))):
+                seen[id(child)] = child
+                stack.append(child)
+    return seen.values()
+
+
+def holds(root, samples):
+    tensors = [t.detach().flatten() for t in reachable(root) if isinstance(t, torch.Tensor)]
+    numbers = torch.cat([t.float() for t in tensors if t.numel()])
+    return [bool(torch.isin(sample, numbers).all()) for sample in samples]
+
+
+def test_no_raw_sample_of_a_finished_task_is_kept():
+    replayer = rehearsal(conditions=6)
+    x, y = task(0)
+    replayer.begin_task(x, y)
+    replayer.step(x[:8], y[:8])
+    assert all(holds(replayer, x))  # what is looked for would be found
+    replayer.end_task()
+    assert not any(holds(replayer, x))
+    learn(replayer, 1, conditional=True)
+    assert not any(holds(replayer, torch.cat([x, task(1)[0]])))
+
+
+def test_conditions_are_drawn_evenly_over_those_seen():
+    replayer = rehearsal(conditions=6)
+    learn(replayer, 0, 1, conditional=True)
+    _, condition = replayer.generated(400)
+    assert torch.bincount(condition, minlength=6).tolist() == [100, 100, 100, 100, 0, 0]
+    counts = sum(torch.bincount(replayer.generated(6)[1], minlength=6) for _ in range(400))
+    assert counts[4:].sum() == 0 and (counts[:4] - 600).abs().max() < 60  # not always the same ones twice
+
+
+def test_the_memory_is_a_reservoir_of_the_current_task():
+    replayer = rehearsal(memory_size=5)
+    replayer.begin_task(task(0)[0])
+    assert len(replayer.memory.items) == 5 and replayer.memory.seen == 20
+    replayer.step(*(part[:8] for part in task(0)))
+    replayer.end_task()
+    assert replayer.memory.items == [] and replayer.memory.seen == 0 and replayer.memory.capacity == 5
+
+
+# ---------------------------------------------------------------------------------------- the experiment
+
+
+def test_heads_are_those_of_the_scenario():
+    logits = torch.arange(12.0).view(2, 6)
+    y = torch.tensor([1, 4])
+    choice = {s: Heads(s, 3, 2).choice(logits[:, : Heads(s, 3, 2).outputs], y, 3) for s in generative.SCENARIOS}
+    assert choice["class"][0].tolist() == logits.tolist() and choice["class"][1].tolist() == [1, 4]
+    assert choice["domain"][0].tolist() == [[0, 1], [6, 7]] and choice["domain"][1].tolist() == [1, 0]
+    assert choice["task"][0].tolist() == [[0, 1], [10, 11]] and choice["task"][1].tolist() == [1, 0]
+    assert Heads("class", 3, 2).choice(logits, y[:1], 1)[0].shape == (2, 2)
+    pairs = Heads("class", 3, 2).pairs(logits, logits, 3)
+    assert [(s.shape[1], t.shape[1]) for s, t in pairs] == [(6, 4)]
+    pairs = Heads("task", 3, 2).pairs(logits, logits, 3)
+    assert [s[0].tolist() for s, _ in pairs] == [[0, 1], [2, 3]]
+
+
+def test_images_are_split_by_class_without_overlap():
+    x, y, _ = generative.load_images(Args())
+    tasks = generative.split_tasks(torch.arange(len(y)), y, 0)
+    train, test = (torch.cat([t[k] for t in tasks]) for k in (0, 2))
+    assert sorted(torch.cat([train, test]).tolist()) == list(range(len(y))) and 0.19 < len(test) / len(y) < 0.21
+    assert [sorted(t[1].unique().tolist()) for t in tasks] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    other = generative.split_tasks(torch.arange(len(y)), y, 1)
+    assert not torch.equal(tasks[0][0], other[0][0]) and x.min() == 0 and x.max() == 1
+
+
+def average(arm):
+    return np.mean(generative.run_arm(Args(), "class", arm, 0)["R"][-1])
+
+
+def test_the_order_of_the_arms():
+    """One seed, with room between them: the README has five, with intervals."""
+    scores = {arm: average(arm) for arm in ("naive", "unrehearsed", "soft", "conditional_soft", "joint")}
+    assert scores["naive"] < 0.25 < scores["unrehearsed"] < 0.6 < scores["soft"] < 0.85
+    assert 0.88 < scores["conditional_soft"] < scores["joint"] and scores["joint"] > 0.93
+
+
+def write_idx(path, array):
+    path.write_bytes(bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes())
+
+
+def test_mnist_is_read_from_its_files(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 40), ("t10k", 20)):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte", rng.integers(0, 256, (n, 28, 28), dtype=np.uint8))
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.arange(n, dtype=np.uint8) % 10)
+    x, y, shape = generative.load_images(Args(mnist=str(tmp_path)))
+    assert x.shape == (60, 784) and shape == (1, 28, 28) and x.max() == 1 and y[:12].tolist() == [*range(10), 0, 1]
+    result = generative.run_arm(Args(mnist=str(tmp_path), iterations=2), "class", "conv", 0)
+    assert len(result["samples"]) == 5 and len(result["samples"][0][0]) == 784
+    path = tmp_path / "t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="not a whole idx file"):
+        generative.load_images(Args(mnist=str(tmp_path)))
+    path.unlink()
+    with pytest.raises(ValueError, match=r"there is no .*t10k-images.*packed"):
+        generative.load_images(Args(mnist=str(tmp_path)))
+
+
+def test_the_experiment_writes_its_table_and_pictures(tmp_path):
+    flags = [
+        "--iterations",
+        "3",
+        "--seeds",
+        "0",
+        "1",
+        "--scenarios",
+        "task",
+        "--workers",
+        "2",
+        "--output",
+        str(tmp_path),
+    ]
+    command = [sys.executable, "generative.py", *flags]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert shown.returncode == 0, shown.stderr
+    assert "Warning" not in shown.stderr and shown.stdout.count("\n| ") >= len(generative.ARMS)
+    for name in ("samples.png", "accuracy.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    with open(tmp_path / "accuracy.csv") as file:
+        assert len(list(csv.reader(file))) == 1 + 5 * 2 * len(generative.ARMS)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"arms": ["best"]}, "unknown arm 'best'"),
+        ({"scenarios": ["classes"]}, "unknown scenario 'classes'"),
+        ({"seeds": [0, 0]}, "once"),
+        ({"latent_dim": 0}, "latent_dim must be greater than 0, got 0"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"mnist": "/no/such"}, "/no/such"),
+    ],
+)
+def test_bad_settings_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        generative.check_args(Args(**wrong))
