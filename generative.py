@@ -14,9 +14,7 @@ import copy
 import gzip
 import math
 import struct
-import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +24,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from replay import Buffer, add, over_seeds, run_jobs, sample, write_csv
+from replay import Buffer, add, over_seeds, run_command, run_jobs, sample, write_csv
 
 GENERATORS = ("vae", "conv", "gan")
 TARGETS = ("hard", "soft")
@@ -729,29 +727,26 @@ def check_args(args: Args):
     load_images(args)
 
 
+def run_experiment(args: Args):
+    """All scenarios, arms and seeds, several at a time; then the table and pictures."""
+    check_args(args)
+    jobs = [(scenario, arm, seed) for seed in args.seeds for scenario in args.scenarios for arm in args.arms]
+    found = run_jobs(args, run_arm, jobs)
+    table = text_table(args, found)
+    print(table)
+    output = Path(args.output)
+    (output / "table.md").write_text(table + "\n")
+    rows = [[r["scenario"], r["arm"], r["seed"], i + 1, *row] for r in found for i, row in enumerate(r["R"])]
+    write_csv(
+        output / "accuracy.csv",
+        ["scenario", "arm", "seed", "tasks learnt", *(f"task {k + 1}" for k in range(TASKS))],
+        rows,
+    )
+    plot_results(args, found, output)
+
+
 def main():
-    args = tyro.cli(Args)
-    try:
-        check_args(args)
-        jobs = [(scenario, arm, seed) for seed in args.seeds for scenario in args.scenarios for arm in args.arms]
-        found = run_jobs(args, run_arm, jobs)
-        table = text_table(args, found)
-        print(table)
-        output = Path(args.output)
-        (output / "table.md").write_text(table + "\n")
-        rows = [[r["scenario"], r["arm"], r["seed"], i + 1, *row] for r in found for i, row in enumerate(r["R"])]
-        write_csv(
-            output / "accuracy.csv",
-            ["scenario", "arm", "seed", "tasks learnt", *(f"task {k + 1}" for k in range(TASKS))],
-            rows,
-        )
-        plot_results(args, found, output)
-    except (ValueError, OSError) as error:
-        print(f"generative.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (KeyboardInterrupt, BrokenProcessPool):
-        print(f"\nstopped; what is finished is in {args.output}, the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
+    run_command(tyro.cli(Args), run_experiment)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, is_dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import Pipe, get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -944,14 +945,12 @@ def run_arm(args: Args, arm, seed) -> dict:
     return {"arm": arm, "seed": seed, "seconds": time.perf_counter() - start, "curve": curve, "snr": snr}
 
 
-def start_worker(threads):
-    """Of a process of its own: the cores are shared out, Ctrl-C ends it without a word, and so does the main process
-    when it ends, killed or not."""
+def start_worker(threads, stop):
+    """Of a process of its own: the cores are shared out, and it ends with the main process, killed or not."""
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def end_with_parent():
-        parent_process().join()
+        wait([stop, parent_process().sentinel])
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -983,16 +982,27 @@ def run_jobs(args, function, jobs, prepare=None) -> list[dict]:
     workers = args.workers or (1 if torch.cuda.is_available() else os.cpu_count())
     threads = max(1, os.cpu_count() // workers)
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="arms x seeds")
-    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (threads,)) as pool:
-        for done in as_completed([pool.submit(run_job, args, function, job, paths[job]) for job in todo]):
+    stop, running = Pipe(duplex=False)  # the workers end when `running` is closed
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which they inherit: a Ctrl-C is for this process
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (threads, stop))
+    futures = [pool.submit(run_job, args, function, job, paths[job]) for job in todo]
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    try:
+        for done in as_completed(futures):
             done.result()
             bar.update()
-    bar.close()
+    except BaseException:
+        running.close()
+        raise
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
     return [json.loads(path.read_text()) for path in paths.values()]
 
 
 def run_experiment(args: Args):
     """All arms and seeds, several at a time; then tables and pictures."""
+    check_args(args)
 
     def make_channels(todo):
         for seed in tqdm(sorted({seed for _, seed in todo}), desc="channels", leave=False):
@@ -1148,6 +1158,27 @@ def check_args(args: Args):
         raise ValueError(f"seeds must be 0 or more and workers at least 1, got {args.seeds} and {args.workers}")
 
 
+def run_command(args, function):
+    """function(args) for a user at the command line: one line for what goes wrong, and an exit code."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    code, line = 0, f"what is finished is in {args.output}, the same command goes on"
+    try:
+        function(args)
+    except (ValueError, OSError) as error:
+        code, line = 2, f"{Path(sys.argv[0]).name}: {error}"
+    except ImportError as error:
+        code, line = 2, f"{Path(sys.argv[0]).name}: {error}; run pip install -r requirements.txt"
+    except BrokenProcessPool:
+        code, line = 1, f"a worker was killed, maybe for want of memory; {line} (with fewer --workers)"
+    except KeyboardInterrupt:
+        code, line = 130, f"stopped; {line}"
+    except SystemExit as stop:
+        code, line = stop.code, f"stopped; {line}"
+    if code:
+        print(line, file=sys.stderr)
+    raise SystemExit(code)
+
+
 def main():
     args = tyro.cli(Args)
     if args.laws:
@@ -1155,15 +1186,7 @@ def main():
     elif args.benchmark:
         benchmark()
     else:
-        try:
-            check_args(args)
-            run_experiment(args)
-        except (ValueError, OSError) as error:
-            print(f"replay.py: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except (KeyboardInterrupt, BrokenProcessPool):
-            print(f"\nstopped; what is finished is in {args.output}, the same command goes on", file=sys.stderr)
-            raise SystemExit(130) from None
+        run_command(args, run_experiment)
 
 
 if __name__ == "__main__":

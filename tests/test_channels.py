@@ -3,8 +3,12 @@
 import copy
 import csv
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +270,28 @@ def test_the_experiment_writes_tables_and_pictures_and_does_nothing_twice(tmp_pa
     assert redone["curve"] == first["curve"]
     other = run_replay(*flags, "--capacity", "30")
     assert other.returncode == 2 and "other settings" in other.stderr and other.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_stopped_experiment_leaves_no_process_and_no_half_result(number, code, made, tmp_path):
+    shutil.copytree(made, tmp_path / "out")
+    flags = [*SMALL_FLAGS, "--epochs", "100000", "--arms", "naive", "lars", "--output", str(tmp_path / "out")]
+    command = [sys.executable, "replay.py", *flags, "--workers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children, deadline = [], time.monotonic() + 60
+    while len(children) < 3 and time.monotonic() < deadline:  # two workers, and multiprocessing's resource tracker
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
+    assert process.wait(30) == code
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "a worker outlives the main process"
+        time.sleep(0.1)
+    assert list((tmp_path / "out" / "results").iterdir()) == []
+    shown = process.stderr.read()
+    assert "Traceback" not in shown and (number == signal.SIGKILL or "the same command goes on" in shown)
 
 
 @pytest.mark.parametrize(
