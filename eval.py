@@ -401,7 +401,7 @@ def compare(runs) -> str:
         ratio = f"{np.mean(minutes) / base_minutes:.2f}" if base_minutes else ""
         columns = [cell([s["metrics"][m] for s in group]) for m in ("forgetting", "average", "backward_transfer")]
         columns += [f"{lifts[least]:+.2f} ({least})" if least else "", cell(minutes), ratio]
-        columns.append(f"{np.mean([s['bytes_kept'] for s in group]) / 1000:.1f}")
+        columns.append(f"{np.mean([s.get('bytes_kept', 0) for s in group]) / 1000:.1f}")
         lines.append(f"| {name} | {len(group)} | " + " | ".join(columns) + " |")
     varied = [key for key in usual if len({json.dumps(g[0]["config"].get(key)) for g in groups}) > 1]
     if varied:

@@ -404,7 +404,7 @@ class ReplayCL(CLAlgorithm):
         if replay_strategy not in STRATEGIES:
             raise ValueError(f"unknown replay_strategy {replay_strategy!r}; choose one of {', '.join(STRATEGIES)}")
         if buffer_policy not in self.policies:
-            other = " (of trajectories also brs, lars, labrs)" if self.policies == TASK_POLICIES else ""
+            other = " (of trajectories also brs, lars, labrs, random)" if self.policies == TASK_POLICIES else ""
             names = ", ".join(self.policies) + other
             raise ValueError(f"buffer_policy {buffer_policy!r} is none for what is stored here; choose one of {names}")
         if replay_buffer_size < 1:
@@ -436,12 +436,16 @@ class ReplayCL(CLAlgorithm):
         for k, domain in enumerate(turns):
             share = count // len(turns) + (k < count % len(turns))
             drawn += [(domain, i) for i in sample(self.buffers[domain], share, strategy=strategy, rng=self.rng)]
-            self.replayed[domain] = self.replayed.get(domain, 0) + share
         return drawn
 
+    def taken(self, drawn) -> list:
+        """The items drawn, counted."""
+        for domain, _ in drawn:
+            self.replayed[domain] = self.replayed.get(domain, 0) + 1
+        return [self.buffers[domain].items[i] for domain, i in drawn]
+
     def augment_batch(self, new_tasks, current_domain):
-        drawn = self.draw(len(new_tasks), current_domain, self.strategy)
-        return new_tasks + [self.buffers[domain].items[i] for domain, i in drawn]
+        return new_tasks + self.taken(self.draw(len(new_tasks), current_domain, self.strategy))
 
     def post_step_hook(self, trainer, domain):
         for group in trainer.groups:
@@ -492,8 +496,9 @@ class TrajectoryReplayCL(ReplayCL):
 
     An item: {"domain", "task_id", "token_ids", "logprobs", "turns" (-1 where not sampled), "advantage", "reward"}; the
     advantage is None where the group's rewards did not vary. Its label is its domain and task, its loss the clipped
-    loss, a mean over its sampled tokens, computed anew whenever it is replayed. clone_coef: see `cloning_loss`; without
-    cloning, what has no advantage teaches nothing and is not stored.
+    loss, a mean over its sampled tokens, computed anew whenever GRPO replays it. It is low where the advantage is high:
+    "lars" and "labrs" let successes go and keep failures. clone_coef: see `cloning_loss`; without cloning, what has no
+    advantage teaches nothing and is not stored.
     """
 
     policies = POLICIES
@@ -509,12 +514,14 @@ class TrajectoryReplayCL(ReplayCL):
 
     def augment_trajectories(self, new, current_domain, successful=False):
         self.drawn = self.draw(new, current_domain, "high_reward" if successful else self.strategy)
-        items = [self.buffers[domain].items[i] for domain, i in self.drawn]
-        return [item for item in items if item["reward"] > 0] if successful else items
+        if successful:
+            self.drawn = [(domain, i) for domain, i in self.drawn if self.buffers[domain].rewards[i] > 0]
+        return self.taken(self.drawn)
 
     def post_step_hook(self, trainer, domain):
         for (replayed, index), loss in zip(self.drawn, trainer.replayed_losses, strict=True):
-            update_losses(self.buffers[replayed], [index], [loss])
+            if math.isfinite(loss):  # one that is not makes train.py skip the update
+                update_losses(self.buffers[replayed], [index], [loss])
         for item, loss in trainer.finished:
             if self.cloning or item["advantage"] is not None:
                 buffer = self.buffers.setdefault(item["domain"], Buffer(self.capacity))
@@ -750,7 +757,7 @@ class Args:
     epochs: int = 12
     """per scenario"""
     batch_size: int = 64
-    """new windows per step; with a buffer as many replayed ones beside them"""
+    """new windows per step; with a buffer as many replayed ones beside them (joint: twice as many)"""
     capacity: int = 500
     """windows that a buffer holds"""
     learning_rate: float = 5e-3
@@ -779,6 +786,7 @@ def generate_channels(scenario: Scenario, users, steps, seed) -> np.ndarray:
     from sionna.phy.channel.tr38901 import PanelArray, UMi
 
     rng = np.random.default_rng(seed)
+    sionna.phy.config.device = "cpu"  # where random numbers do not depend on the GPU
     sionna.phy.config.seed = int(rng.integers(2**31))
     kind = {"num_rows_per_panel": 1, "polarization": "single", "polarization_type": "V", "antenna_pattern": "omni"}
     kind |= {"carrier_frequency": CARRIER, "element_horizontal_spacing": scenario.spacing}
@@ -895,12 +903,20 @@ def run_arm(args: Args, arm, seed) -> dict:
     stages = [arm.removeprefix("only ")] if arm.startswith("only ") else list(SCENARIOS)
     policy, teacher, seen = BUFFERS.get(arm), None, 0
     buffer = Buffer(args.capacity)
-    size = len(windows[stages[0]][0])
-    decay = args.final_rate ** (1 / (len(stages) * args.epochs * size))  # per window seen
+    share = 2 if arm == "joint" else 1  # as many windows in a step as the arms with a buffer have
+    size = share * len(windows[stages[0]][0])  # of an epoch
+    decay = args.final_rate ** (1 / (len(stages) * args.epochs * size))  # per new window seen
+    by_loss = policy in ("lars", "labrs")
     autocast = torch.autocast(device, torch.bfloat16, enabled=args.autocast)
 
     def measure(snr):
         return [measure_nmse(model, test, snr) for _, test in windows.values()]
+
+    def difficulty(items):
+        """The losses that items are kept by: all at one SNR, or the draw of the noise would decide."""
+        noisy, target = augment(items, generator, sum(TRAINING_SNR) / 2)
+        with torch.no_grad(), autocast:
+            return nmse(model(noisy.to(device)), target.to(device)).tolist()
 
     def learn(new, stage):
         nonlocal seen
@@ -924,18 +940,18 @@ def run_arm(args: Args, arm, seed) -> dict:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
-        losses = losses.tolist()
-        update_losses(buffer, drawn, losses[len(new) :])
-        return losses[: len(new)]
+        if by_loss and drawn:
+            update_losses(buffer, drawn, difficulty(torch.stack(old)))
 
     curve = [measure(args.eval_snr)]
     for stage, name in enumerate(stages):
         train = torch.cat([windows[s][0] for s in stages]) if arm == "joint" else windows[name][0]
         for epoch in range(args.epochs):
             order = torch.randperm(len(train), generator=generator)[:size]
-            for index in order.split(args.batch_size):
-                losses = learn(train[index], stage)
+            for index in order.split(share * args.batch_size):
+                learn(train[index], stage)
                 if policy and epoch == 0:  # each window is offered once
+                    losses = difficulty(train[index]) if by_loss else [0.0] * len(index)
                     for i, loss in zip(index.tolist(), losses, strict=True):
                         add(buffer, train[i].clone(), label=stage, loss=loss, policy=policy, rng=rng)
             curve.append(measure(args.eval_snr))

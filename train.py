@@ -109,7 +109,7 @@ class Args:
     lr_schedule: str = "constant"
     """constant, linear or cosine (both to 0), over each domain's GRPO steps"""
     lr_decay: float = 1.0
-    """both rates are multiplied by this to the power of the conversations trained on so far, in (0, 1]"""
+    """both rates are multiplied by this to the power of the conversations seen so far, in (0, 1]"""
     lr_warmup_steps: int = 0
     """GRPO steps of each domain over which the rate rises to learning_rate"""
     max_grad_norm: float = 1.0
@@ -158,7 +158,7 @@ class Args:
     replay_strategy: str = "random"
     """random, high_reward, recent or balanced"""
     buffer_policy: str = "reservoir"
-    """what a full buffer keeps: reservoir (every item alike) or recent; of trajectories also brs, lars or labrs"""
+    """what a full buffer keeps: reservoir (all items alike) or recent; of trajectories also brs, lars, labrs, random"""
     min_buffer_size: int = 10
     """a domain with fewer remembered items is not replayed"""
     replay_all_domains: bool = True
@@ -251,7 +251,7 @@ def initial_state() -> dict:
         "step": 0,  # within the stage
         "global_step": 0,  # GRPO steps so far
         "skipped_in_a_row": 0,  # updates without a finite gradient
-        "examples": 0,  # conversations trained on so far, demonstrations and replayed ones too
+        "examples": 0,  # conversations seen so far, demonstrations and replayed ones too
         "seconds": 0.0,
         "ranks": grpo.world_size(),
         "baseline": {},

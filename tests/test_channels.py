@@ -136,7 +136,7 @@ def test_test_nmse_is_in_db_and_repeatable():
 @pytest.fixture
 def watched(monkeypatch):
     """What run_arm does to its buffer: offers, draws, refreshed losses, and the sizes of batches."""
-    seen = {"offers": [], "drawn": [], "refreshed": [], "batches": [], "buffers": set()}
+    seen = {"offers": [], "drawn": [], "refreshed": [], "batches": [], "scored": [], "buffers": set()}
 
     def spy(name, function, note):
         def called(*args, **kwargs):
@@ -154,7 +154,14 @@ def watched(monkeypatch):
     spy("add", replay.add, offered)
     spy("sample", replay.sample, lambda result, buffer, n, **kwargs: seen["drawn"].append((n, len(result))))
     spy("update_losses", replay.update_losses, lambda result, b, i, losses: seen["refreshed"].append(len(losses)))
-    spy("augment", replay.augment, lambda result, windows, *args: args[1:] or seen["batches"].append(len(windows)))
+
+    def augmented(result, windows, generator, snr=None):
+        if snr is None:
+            seen["batches"].append(len(windows))
+        elif snr == 15.0:
+            seen["scored"].append(snr)
+
+    spy("augment", replay.augment, augmented)
     return seen
 
 
@@ -168,9 +175,10 @@ def test_each_window_is_offered_once_and_half_of_a_batch_is_replayed(made, watch
     assert [k["label"] for _, k in watched["offers"]] == [0] * 144 + [1] * 144 + [2] * 144
     assert {k["policy"] for _, k in watched["offers"]} == {"lars"}
     assert len({k["loss"] for _, k in watched["offers"]}) > 400  # one for each item, not one for each batch
+    assert len(watched["scored"]) == 3 * 3 + 17  # losses to be compared are of one SNR, at offers and at replays
     assert max(watched["buffers"]) == 20
     assert watched["batches"] == [48] + [96] * 17  # nothing to replay at first: 3 scenarios x 2 epochs x 3 batches
-    assert watched["refreshed"] == [0] + [48] * 17
+    assert watched["refreshed"] == [48] * 17
     assert len(result["curve"]) == 1 + 6 and set(result["snr"]) == set(SCENARIOS) and result["seconds"] > 0
 
 
@@ -178,7 +186,8 @@ def test_each_window_is_offered_once_and_half_of_a_batch_is_replayed(made, watch
 def test_arms_without_a_buffer_replay_nothing(arm, made, watched):
     result = replay.run_arm(small(made), arm, 0)
     epochs = 2 if arm.startswith("only") else 6
-    assert watched["offers"] == [] and watched["batches"] == [48] * 3 * epochs
+    size = 96 if arm == "joint" else 48  # as many windows in a step as with a buffer
+    assert watched["offers"] == [] and watched["batches"] == [size] * 3 * epochs
     assert len(result["curve"]) == 1 + epochs
 
 
@@ -221,8 +230,8 @@ def test_training_learns_and_the_rate_falls(made, monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step", note)
     result = replay.run_arm(small(made, epochs=12, hidden=32, batch_size=16), "joint", 0)
     assert result["curve"][-1][1] < result["curve"][0][1] - 2  # dB
-    seen = 16 * np.arange(len(rates))
-    assert rates == pytest.approx(5e-3 * 0.1 ** (seen / (36 * 144)))
+    seen = 32 * np.arange(len(rates))
+    assert rates == pytest.approx(5e-3 * 0.1 ** (seen / (36 * 288)))
 
 
 @pytest.mark.parametrize("changes", [{"model": "gru"}, {"model": "transformer"}, {"autocast": True}])

@@ -425,14 +425,21 @@ def as_item(trajectory, advantage, reward):
 STORED_LAW = [(0.7, 1.0), (-0.4, 0.0), (None, 1.0), (None, 0.0), (-1.2, 0.5)]
 
 
+def stored_law(trajectories):
+    """Five of them, with behaviour log-probabilities from far below to far above those of the policy, about -7.6."""
+    stored = trajectories[3:6] + trajectories[9:11]
+    for t in stored:
+        t.logprobs = [-12.0 + k % 7 if sampled else 0.0 for k, sampled in enumerate(t.action_mask)]
+    return stored
+
+
 def replay_step(loss_type, clone_coef=0.3, **settings):
     """(gradient, statistics, losses of the replayed ones) of two groups of new conversations and five stored ones."""
     trainer, trajectories = law_trainer(loss_type, clone_coef=clone_coef, **settings)
     before = law_weights(trainer)
     groups = [train.Group(None, False, LAW_REWARDS[i]) for i in (0, 2)]
     mine = [trajectories[3 * i + k] for i in (0, 2)[grpo.rank() :: grpo.world_size()] for k in range(3)]
-    stored = zip(trajectories[3:6] + trajectories[9:11], STORED_LAW, strict=True)
-    replayed = [as_item(t, *values) for t, values in stored]
+    replayed = [as_item(t, *values) for t, values in zip(stored_law(trajectories), STORED_LAW, strict=True)]
     stats = train.update(trainer, train.with_advantages(trainer, mine, groups), replayed)
     return before - law_weights(trainer), stats, trainer.replayed_losses
 
@@ -478,7 +485,7 @@ def test_stored_conversations_are_members_of_the_batch_and_cloned():
     trainer, trajectories = law_trainer("dapo", clone_coef=0.3)
     advantages = grpo.group_advantages(torch.tensor([LAW_REWARDS[0], LAW_REWARDS[2]])).flatten().tolist()
     fresh = [(t, a, 0.0) for t, a in zip(trajectories[:3] + trajectories[6:9], advantages, strict=True)]
-    stored = [(t, *v) for t, v in zip(trajectories[3:6] + trajectories[9:11], STORED_LAW, strict=True)]
+    stored = [(t, *v) for t, v in zip(stored_law(trajectories), STORED_LAW, strict=True)]
     loss, expected = reference_replay_loss(trainer, fresh, stored, 0.3)
     loss.backward()
     reference = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
@@ -583,7 +590,7 @@ def test_stored_conversations_survive_a_stop(tmp_path, monkeypatch, capsys):
     flags = ["--cl_algorithm", f"{tmp_path / 'stopper.py'}:Stopper", "--buffer_policy", "lars", "--lr_decay", "0.99"]
     flags += ["--replay_buffer_size", "3"]
     train.train(small_args(tmp_path, *flags, "--run_name", "whole"))
-    monkeypatch.setenv("STOP_AT", "3")
+    monkeypatch.setenv("STOP_AT", "2")  # with two steps to go that replay and offer
     monkeypatch.setenv("STOP_WITH", str(int(signal.SIGTERM)))
     with pytest.raises(train.Interrupted):
         train.train(small_args(tmp_path, *flags, "--run_name", "stopped"))
