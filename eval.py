@@ -368,10 +368,20 @@ def compare(runs) -> str:
         path = Path(run) / "summary.json"
         if not path.is_file():
             raise ValueError(f"{run} is not a finished run: there is no {path}")
-        summary = json.loads(path.read_text())
-        config = {k: v for k, v in summary["config"].items() if k not in ("seed", "run_name", "resume", "runs_dir")}
-        groups.setdefault(json.dumps(config, sort_keys=True), []).append(summary)
-    groups = list(groups.values())
+        try:
+            summary = json.loads(path.read_text())
+            config = {k: v for k, v in summary["config"].items() if k not in ("seed", "run_name", "resume", "runs_dir")}
+            missing = {"R", "metrics", "task_order", "minutes", "warm_start", "cl_algorithm"} - set(summary)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        if missing:
+            raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
+        group = groups.setdefault(json.dumps(config, sort_keys=True), {})
+        seed = summary["config"]["seed"]
+        if seed in group:
+            raise ValueError(f"{run} has the settings and the seed {seed} of another run: each counts once")
+        group[seed] = summary
+    groups = [list(group.values()) for group in groups.values()]
     base = [g for g in groups if g[0]["cl_algorithm"] == "sequential"]
     base_minutes = np.mean([s["minutes"] for s in base[0]]) if base else None
     usual = {

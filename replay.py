@@ -263,8 +263,8 @@ def load_buffer(path, make_item=None) -> Buffer:
         columns = {name: [row[name] for row in rows] for name in ("item", "label", "loss", "reward", "order")}
         items = columns["item"] if make_item is None else [make_item(item) for item in columns["item"]]
         rest = (columns["label"], columns["loss"], columns["reward"], columns["order"])
-        return Buffer(head["capacity"], items, *rest, seen=head["seen"])
-    except (ValueError, KeyError, TypeError) as error:
+        return Buffer(head["capacity"], items, *rest, seen=int(head["seen"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a whole buffer: {error}") from error
 
 
@@ -409,8 +409,10 @@ class ReplayCL(CLAlgorithm):
             raise ValueError(f"buffer_policy {buffer_policy!r} is none for what is stored here; choose one of {names}")
         if replay_buffer_size < 1:
             raise ValueError(f"replay_buffer_size must be at least 1, got {replay_buffer_size}")
-        if min_buffer_size < 1:
-            raise ValueError(f"min_buffer_size must be at least 1, got {min_buffer_size}")
+        if not 1 <= min_buffer_size <= replay_buffer_size:
+            raise ValueError(
+                f"min_buffer_size must be from 1 to replay_buffer_size ({replay_buffer_size}), got {min_buffer_size}"
+            )
         self.ratio = replay_ratio
         self.strategy = replay_strategy
         self.min_buffer_size = min_buffer_size
@@ -546,7 +548,16 @@ class TrajectoryReplayCL(ReplayCL):
 
     def load(self, folder):
         for domain in self.buffers:
-            self.buffers[domain] = load_buffer(folder / f"replay_{domain}.jsonl")
+            self.buffers[domain] = load_buffer(folder / f"replay_{domain}.jsonl", whole_conversation)
+
+
+def whole_conversation(item) -> dict:
+    """An item as TrajectoryReplayCL stores it; ValueError where something is missing."""
+    columns = [item.get(name) for name in ("token_ids", "logprobs", "turns")]
+    lengths = {len(values) for values in columns if isinstance(values, list)}
+    if None in columns or len(lengths) != 1 or not {"domain", "task_id", "advantage", "reward"} <= set(item):
+        raise ValueError(f"a stored conversation of task {item.get('task_id')} is not whole")
+    return item
 
 
 CLONING_CAP = 1.0  # of log r
@@ -826,14 +837,20 @@ def channel_windows(args: Args, seed) -> dict[str, tuple]:
     """(training, test) windows of each scenario, complex (windows, past + 1, RX * TX), of different users. Generated
     once and kept in `output`."""
     path = Path(args.output) / f"channels_{args.users}users_{args.past}past_seed{seed}.npz"
+    steps = SEGMENTS * (args.past + 1)
     if not path.exists():
-        steps = SEGMENTS * (args.past + 1)
         made = [generate_channels(s, args.users, steps, [seed, k]) for k, s in enumerate(SCENARIOS.values())]
         temporary = path.with_suffix(".tmp.npz")
         np.savez(temporary, *made)
         temporary.replace(path)
-    with np.load(path, allow_pickle=False) as file:
-        channels = [torch.from_numpy(file[name]) for name in file.files]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            channels = [torch.from_numpy(file[name]) for name in file.files]
+        shapes = {tuple(h.shape) for h in channels}
+        if len(channels) != len(SCENARIOS) or shapes != {(args.users, steps, RESOURCE_BLOCKS, RX * TX)}:
+            raise ValueError(f"arrays of shapes {shapes}")
+    except Exception as error:  # whatever numpy and zipfile find wrong
+        raise ValueError(f"{path} is damaged ({error}); remove it, and it will be made again") from error
     windows = {}
     for name, h in zip(SCENARIOS, channels, strict=True):
         h = h.unflatten(1, (SEGMENTS, args.past + 1)).transpose(2, 3)  # user, segment, block, step, antennas
@@ -973,10 +990,31 @@ def start_worker(threads, stop):
 
 
 def run_job(args, function, job, path: Path):
-    result = function(args, *job)
+    try:
+        result = json.dumps(function(args, *job), allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{' '.join(map(str, job))}: {error} (is the learning rate too high?)") from error
+    write_whole(path, result)
+
+
+def write_whole(path, text):
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result))
+    temporary.write_text(text)
     temporary.replace(path)
+
+
+def read_result(job, path):
+    """The result in a file, None if there is none. ValueError if it is none of that job."""
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        whole = [result[name] for name in ("scenario", "arm", "seed") if name in result] == list(job)
+    except (ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged; remove it, and it will be made again")
+    return result
 
 
 def run_jobs(args, function, jobs, prepare=None) -> list[dict]:
@@ -987,12 +1025,12 @@ def run_jobs(args, function, jobs, prepare=None) -> list[dict]:
     results = output / "results"
     results.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in asdict(args).items() if k not in ("seeds", "arms", "scenarios", "output", "workers")}
-    written = output / "settings.json"
-    if written.exists() and json.loads(written.read_text()) != settings:
-        raise ValueError(f"{output} holds results of other settings ({written}); choose another --output")
-    written.write_text(json.dumps(settings, indent=1))
+    written, text = output / "settings.json", json.dumps(settings, indent=1)
+    if any(results.glob("*.json")) and not (written.exists() and written.read_text() == text):
+        raise ValueError(f"{output} holds results of other settings than {written} says; choose another --output")
+    write_whole(written, text)
     paths = {job: results / f"{'_'.join(map(str, job)).replace(' ', '_')}.json" for job in jobs}
-    todo = [job for job in jobs if not paths[job].exists()]
+    todo = [job for job in jobs if read_result(job, paths[job]) is None]
     if prepare and todo:
         prepare(todo)
     workers = args.workers or (1 if torch.cuda.is_available() else os.cpu_count())
@@ -1013,7 +1051,7 @@ def run_jobs(args, function, jobs, prepare=None) -> list[dict]:
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
-    return [json.loads(path.read_text()) for path in paths.values()]
+    return [read_result(job, path) for job, path in paths.items()]
 
 
 def run_experiment(args: Args):
@@ -1156,6 +1194,8 @@ def check_args(args: Args):
     for name in positive.split():
         if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"{name} must be greater than 0, got {getattr(args, name)}")
+    if args.final_rate > 1:
+        raise ValueError(f"final_rate must be in (0, 1], got {args.final_rate}")
     if args.users < 5:
         raise ValueError(f"users must be 5 or more, for one to test on, got {args.users}")
     if not 0 <= args.distill_coef < math.inf or not math.isfinite(args.eval_snr):

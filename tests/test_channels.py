@@ -234,6 +234,13 @@ def test_training_learns_and_the_rate_falls(made, monkeypatch):
     assert rates == pytest.approx(5e-3 * 0.1 ** (seen / (36 * 288)))
 
 
+def test_a_model_that_diverges_is_named_and_not_saved(made, tmp_path):
+    args = small(made, learning_rate=1e30)
+    with pytest.raises(ValueError, match=r"naive 0: .*learning rate"):
+        replay.run_job(args, replay.run_arm, ("naive", 0), tmp_path / "naive_0.json")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("changes", [{"model": "gru"}, {"model": "transformer"}, {"autocast": True}])
 def test_other_models_and_bfloat16_run(changes, made):
     result = replay.run_arm(small(made, epochs=1, **changes), "reservoir", 0)
@@ -277,6 +284,22 @@ def test_the_experiment_writes_tables_and_pictures_and_does_nothing_twice(tmp_pa
     assert changed == ["naive_0.json"]
     redone = json.loads((tmp_path / "results" / "naive_0.json").read_text())
     assert redone["curve"] == first["curve"]
+    table_before = (tmp_path / "table.csv").read_bytes()
+    for path, spoilt in (
+        (tmp_path / "results" / "lars_1.json", b"{}"),
+        (tmp_path / "results" / "lars_1.json", b""),
+        (next(tmp_path.glob("channels_*seed1.npz")), b"PK"),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(spoilt)
+        first_result = (tmp_path / "results" / "naive_1.json").read_bytes()
+        if path.suffix == ".npz":
+            (tmp_path / "results" / "naive_1.json").unlink()
+        damaged = run_replay(*flags)
+        assert damaged.returncode == 2 and f"{path} is damaged" in damaged.stderr and "Traceback" not in damaged.stderr
+        path.write_bytes(whole)
+        (tmp_path / "results" / "naive_1.json").write_bytes(first_result)
+    assert (tmp_path / "table.csv").read_bytes() == table_before
     other = run_replay(*flags, "--capacity", "30")
     assert other.returncode == 2 and "other settings" in other.stderr and other.stderr.count("\n") == 1
 
@@ -313,6 +336,7 @@ def test_a_stopped_experiment_leaves_no_process_and_no_half_result(number, code,
         ({"seeds": [-1]}, "seeds"),
         ({"users": 4}, "users must be 5 or more"),
         ({"capacity": 0}, "capacity must be greater than 0"),
+        ({"final_rate": 2.0}, "final_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"workers": 0}, "workers"),
         ({"distill_coef": -1.0}, "distill_coef"),

@@ -99,6 +99,17 @@ def test_compare_names_what_a_row_differs_in(tmp_path):
     assert table[-1] == "Where not named: replay_ratio 0.2."
 
 
+def test_compare_counts_no_run_twice_and_names_damaged_ones(tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(summary("replay", 3, 0.1, 1.0)))
+    with pytest.raises(ValueError, match="the seed 3 of another run"):
+        evaluation.compare([tmp_path, str(tmp_path)])
+    for spoilt in ("", "[]", "{}", json.dumps({**summary("replay", 3, 0.1, 1.0), "R": None}).replace('"R"', '"S"')):
+        path.write_text(spoilt)
+        with pytest.raises(ValueError, match="damaged"):
+            evaluation.compare([tmp_path])
+
+
 def test_compare_names_what_is_not_a_run(tmp_path):
     with pytest.raises(ValueError, match="not a finished run"):
         evaluation.compare([tmp_path])

@@ -597,7 +597,8 @@ def test_stored_conversations_survive_a_stop(tmp_path, monkeypatch, capsys):
     last = tmp_path / "stopped" / "checkpoints" / "LAST"
     lines = (last / "replay_airline.jsonl").read_text()
     with monkeypatch.context() as patch:
-        for spoilt in (lines.replace('"loss"', '"lass"'), ""):
+        same_size = lines.replace('"loss"', '"lass"'), lines.replace('"token_ids"', '"token_idx"')
+        for spoilt in (*same_size, ""):
             (last / "replay_airline.jsonl").write_text(spoilt)
             assert "damaged" in fail(patch, capsys, "--resume", str(tmp_path / "stopped"))
     (last / "replay_airline.jsonl").write_text(lines)
@@ -889,6 +890,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
         ("--cl_algorithm replay --buffer_policy lars", "trajectories"),
         ("--replay_kind rollouts", "rollouts"),
         ("--cl_algorithm adaptive_replay --replay_kind trajectories", "--replay_kind tasks"),
+        ("--cl_algorithm replay --min_buffer_size 6 --replay_buffer_size 5", "min_buffer_size"),
         ("--clone_coef -1", "clone_coef"),
         ("--lr_decay 0", "lr_decay"),
         ("--lr_decay 1.01", "lr_decay"),
