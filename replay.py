@@ -1184,7 +1184,7 @@ def plot_results(args: Args, found, output):
         save("forgetting_curve.png", picture)
         save("nmse_over_snr.png", figure(snrs, "SNR, dB", tested)[0])
     if all(f"only {name}" in present for name in names):
-        titles = [f"trained on {name} only" for name in names]
+        titles = [f"trained on {name.split()[0]} only" for name in names]
         save("single_scenario.png", figure(singles, "SNR, dB", titles)[0])
 
 
