@@ -213,6 +213,7 @@ def test_the_teacher_is_a_frozen_copy_of_the_scenarios_end(made, monkeypatch):
     assert len(teachers) == 2  # of S1 and of S2; the one of S3 teaches nobody
     assert not any(module.training or any(p.requires_grad for p in module.parameters()) for module in teachers)
     assert all(1 <= number <= 48 for number, _, _ in taught)
+    assert min(number for number, _, _ in taught) < 48  # not what is of the current scenario
     monkeypatch.undo()
     plain = replay.run_arm(small(made), "lars", 0)
     assert distilled["curve"][2] == plain["curve"][2] and distilled["curve"][3] != plain["curve"][3]
@@ -227,7 +228,13 @@ def test_training_learns_and_the_rate_falls(made, monkeypatch):
         rates.append(self.param_groups[0]["lr"])
         return step(self, *args, **kwargs)
 
+    clipped, clip = [], torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.optim.Adam, "step", note)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: clipped.append(norm) or clip(p, norm))
+    replay.run_arm(small(made), "reservoir", 0)
+    assert rates == pytest.approx(5e-3 * 0.1 ** (48 * np.arange(18) / (6 * 144)))  # of new windows, not replayed ones
+    assert clipped == [1.0] * 18
+    rates.clear()
     result = replay.run_arm(small(made, epochs=12, hidden=32, batch_size=16), "joint", 0)
     assert result["curve"][-1][1] < result["curve"][0][1] - 2  # dB
     seen = 32 * np.arange(len(rates))
