@@ -21,10 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from replay import Buffer, add, over_seeds, run_command, run_jobs, sample, write_csv
+import grpo
+from replay import Buffer, CLAlgorithm, add, over_seeds, run_command, run_jobs, sample, write_csv
 
 GENERATORS = ("vae", "conv", "gan")
 TARGETS = ("hard", "soft")
@@ -55,8 +57,12 @@ def elbo_loss(x, reconstruction, mu, logvar) -> Tensor:
         found = x.flatten()[~((x.flatten() >= 0) & (x.flatten() <= 1))][0].item()
         raise ValueError(f"inputs of a Bernoulli likelihood must be in [0, 1], got {found}")
     reconstruction_loss = F.binary_cross_entropy(reconstruction, x, reduction="sum")
-    kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum()
-    return (reconstruction_loss + kl) / len(x)
+    return (reconstruction_loss + latent_kl(mu, logvar)) / len(x)
+
+
+def latent_kl(mu, logvar) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, 1)), summed over latents and samples (Kingma and Welling 2014, appendix B)."""
+    return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum()
 
 
 def distillation_loss(student_logits, teacher_logits, temperature=2.0) -> Tensor:
@@ -134,12 +140,15 @@ class VAE(nn.Module):
         self.train(training)
         return x
 
+    def loss(self, x, condition=None) -> Tensor:
+        return elbo_loss(x, *self(x, condition))
+
     def optimizers(self, learning_rate) -> list:
         return [torch.optim.Adam(self.parameters(), learning_rate)]
 
     def learn(self, optimizers, parts) -> float:
         """One update on `parts`: (weight, x, condition) of the current and of the generated batch. Returns the loss."""
-        loss = sum(weight * elbo_loss(x, *self(x, condition)) for weight, x, condition in parts)
+        loss = sum(weight * self.loss(x, condition) for weight, x, condition in parts)
         optimizers[0].zero_grad()
         loss.backward()
         optimizers[0].step()
@@ -184,6 +193,37 @@ class ConvVAE(VAE):
     def encode(self, x, condition=None):
         h = torch.cat([self.encoder(x), _one_hot(condition, self.num_conditions, x)], 1)
         return self.mu(h), self.logvar(h)
+
+
+class TokenVAE(VAE):
+    """A VAE of windows of tokens: the embeddings of a window side by side, an MLP, and a distribution over all tokens
+    at each place, by the same embeddings. Tokens are numbered anew, in the order in which they are met (`vocabulary` of
+    them at most), so that neither size nor time depends on the policy's vocabulary or width; 0 is the end of a window
+    shorter than the others. `used`: so many of the numbers are taken; others cannot be generated."""
+
+    def __init__(self, vocabulary, window=32, width=32, hidden_dims=(256,), latent_dim=32, num_conditions=0):
+        super().__init__(window * width, hidden_dims, latent_dim, 0.0, num_conditions)
+        self.shape = (window,)
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.register_buffer("used", torch.tensor(1))
+
+    def encode(self, x, condition=None):
+        return super().encode(self.embedding(x).flatten(1), condition)
+
+    def decode(self, z, condition=None) -> Tensor:
+        """Logits (B, window, used)."""
+        h = self.decoder(torch.cat([z, _one_hot(condition, self.num_conditions, z)], 1))
+        return h.unflatten(1, (self.shape[0], -1)) @ self.embedding.weight[: self.used].T
+
+    def generate(self, num_samples, device=None, condition=None) -> Tensor:
+        """The likeliest token at each place, (num_samples, window)."""
+        return super().generate(num_samples, device, condition).argmax(-1)
+
+    def loss(self, x, condition=None):
+        """The negative ELBO of a categorical likelihood: cross-entropy summed over the window, + the latents' KL."""
+        logits, mu, logvar = self(x, condition)
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum")
+        return (cross_entropy + latent_kl(mu, logvar)) / len(x)
 
 
 class WGAN(nn.Module):
@@ -268,14 +308,119 @@ def frozen(model):
 # ------------------------------------------------------------------------------------------ the rehearsal
 
 
-class GenerativeReplay:
+class Rehearsal:
+    """A generator that learns one task after another: the current one from a reservoir of it, emptied at its end, all
+    earlier ones from its own frozen copy. There is no setting without the second part."""
+
+    def __init__(self, generator, memory_size=500, learning_rate=1e-3, rng=None):
+        self.generator = generator
+        self.generator_optimizers = generator.optimizers(learning_rate)
+        self.memory = Buffer(memory_size)
+        self.old_generator = None  # frozen at the end of the previous task
+        self.conditions = self.old_conditions = 0  # 1 + the highest one seen, and what it was at that end
+        self.tasks_done = 0
+        self.rng = rng or np.random.default_rng(0)
+
+    def offer(self, x, condition=None):
+        """Offers a sample of the current task to the memory."""
+        if condition is not None:
+            self.conditions = max(self.conditions, condition + 1)
+        add(self.memory, (x, condition), rng=self.rng)
+
+    def generated(self, number) -> tuple[Tensor, Tensor | None]:
+        """(x, condition) from the generator of the previous task; conditions evenly over those seen (task-balanced).
+        Raises ValueError before any task has ended."""
+        if self.old_generator is None:
+            raise ValueError("there is nothing to replay before the first task has ended")
+        condition = None
+        if self.old_generator.num_conditions:
+            order = self.rng.permutation(self.old_conditions)
+            condition = torch.tensor([order[k % len(order)] for k in range(number)], device=self.device)
+        return self.old_generator.generate(number, condition=condition), condition
+
+    def remembered(self, number):
+        """(x, condition) of the current task, from the memory."""
+        items = [self.memory.items[i] for i in sample(self.memory, number, rng=self.rng)]
+        x = torch.stack([x for x, _ in items]).to(self.device)
+        return x, None if items[0][1] is None else torch.tensor([c for _, c in items], device=self.device)
+
+    def teach_generator(self, number, replayed=None) -> float:
+        """One update of the generator on `number` samples of the current task and on `replayed`, which is what
+        `generated` returned, by default as many new ones. Returns its loss."""
+        current, old = replay_weights(self.tasks_done + 1)
+        parts = [(current, *self.remembered(number))]
+        if self.tasks_done > 0:
+            parts.append((old, *(replayed or self.generated(number))))
+        return self.generator.learn(self.generator_optimizers, parts)
+
+    def end_task(self):
+        """Freezes the generator as what earlier tasks are replayed from, and drops all that was stored of this one."""
+        self.old_conditions = self.conditions
+        self.old_generator = frozen(self.generator)
+        self.memory = Buffer(self.memory.capacity)
+        self.tasks_done += 1
+
+    @property
+    def device(self):
+        return next(self.generator.parameters()).device
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs, as JSON, beside `tensors`."""
+        counts = {name: getattr(self, name) for name in ("tasks_done", "conditions", "old_conditions")}
+        return {**counts, "rng": self.rng.bit_generator.state, "seen": self.memory.seen}
+
+    def load_state_dict(self, state):
+        for name in ("tasks_done", "conditions", "old_conditions"):
+            setattr(self, name, state[name])
+        self.rng.bit_generator.state = state["rng"]
+        self.memory.seen = state["seen"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Both generators, the optimisers' moments and the memory (with integers as conditions), on the CPU."""
+        found = {f"generator.{name}": value for name, value in self.generator.state_dict().items()}
+        if self.old_generator is not None:
+            found.update({f"old_generator.{name}": value for name, value in self.old_generator.state_dict().items()})
+        for k, optimizer in enumerate(self.generator_optimizers):
+            for i, moments in optimizer.state_dict()["state"].items():
+                found.update({f"optimizer.{k}.{i}.{name}": value for name, value in moments.items()})
+        if self.memory.items:
+            x, conditions = zip(*self.memory.items, strict=True)
+            found.update({"memory.x": torch.stack(x), "memory.order": torch.tensor(self.memory.order)})
+            if None not in conditions:
+                found["memory.condition"] = torch.tensor(conditions)
+        return {name: value.cpu().contiguous() for name, value in found.items()}
+
+    def load_tensors(self, found):
+        """The inverse of `tensors`, after `load_state_dict`. Raises KeyError or RuntimeError for what is not whole."""
+
+        def part(name):
+            return {key.removeprefix(name): value for key, value in found.items() if key.startswith(name)}
+
+        self.generator.load_state_dict(part("generator."))
+        if self.tasks_done > 0:
+            self.old_generator = frozen(self.generator)
+            self.old_generator.load_state_dict(part("old_generator."))
+        for k, optimizer in enumerate(self.generator_optimizers):
+            saved = optimizer.state_dict()
+            for key, value in part(f"optimizer.{k}.").items():
+                i, name = key.split(".")
+                saved["state"].setdefault(int(i), {})[name] = value
+            optimizer.load_state_dict(saved)
+        if "memory.x" in found:
+            x, order = found["memory.x"], found["memory.order"].tolist()
+            conditions = found["memory.condition"].tolist() if "memory.condition" in found else [None] * len(x)
+            rows = list(zip(x, conditions, strict=True))
+            rest = ([None] * len(x), [0.0] * len(x), [0.0] * len(x), order)
+            self.memory = Buffer(self.memory.capacity, rows, *rest, seen=self.memory.seen)
+
+
+class GenerativeReplay(Rehearsal):
     """A solver and a generator that learn one task after another from batches of the current one alone.
 
     heads: which logits a label or a teacher speaks of (see `Heads`); targets: "hard" or "soft" (see `hard_loss`,
-    `distillation_loss`); memory_size: a reservoir of the current task, from which the generator learns and which is
-    emptied at its end; generator_update_freq: steps of the solver between updates of the generator; replay_weight:
-    times the replayed loss. There is no setting that trains the solver on generated data and not the generator: one
-    that is not rehearsed forgets, and the solver with it.
+    `distillation_loss`); memory_size: see `Rehearsal`; generator_update_freq: steps of the solver between updates of
+    the generator; replay_weight: times the replayed loss. There is no setting that trains the solver on generated data
+    and not the generator: one that is not rehearsed forgets, and the solver with it.
     """
 
     def __init__(
@@ -298,36 +443,18 @@ class GenerativeReplay:
         for name, value in (("batch_size", batch_size), ("generator_update_freq", generator_update_freq)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self.solver, self.generator, self.heads = solver, generator, heads
+        super().__init__(generator, memory_size, generator_learning_rate, rng)
+        self.solver, self.heads = solver, heads
         self.targets, self.temperature, self.replay_weight = targets, temperature, replay_weight
         self.batch_size, self.generator_update_freq = batch_size, generator_update_freq
-        self.rng = rng or np.random.default_rng(0)
         self.optimizer = torch.optim.Adam(solver.parameters(), learning_rate)
-        self.generator_optimizers = generator.optimizers(generator_learning_rate)
-        self.memory = Buffer(memory_size)
-        self.teacher = self.old_generator = None  # frozen at the end of the previous task
-        self.conditions = self.old_conditions = 0  # 1 + the highest one seen, and what it was at that end
-        self.tasks_done = 0
+        self.teacher = None  # the solver, frozen at the end of the previous task
         self.steps = 0
 
     def begin_task(self, x, conditions=None):
         """Offers the task's samples (N, ...) to the memory, each once."""
-        if conditions is not None:
-            self.conditions = max(self.conditions, 1 + int(max(conditions)))
         for k in range(len(x)):
-            item = (x[k].clone(), None if conditions is None else int(conditions[k]))
-            add(self.memory, item, rng=self.rng)
-
-    def generated(self, number) -> tuple[Tensor, Tensor | None]:
-        """(x, condition) from the generator of the previous task; conditions evenly over those seen (task-balanced).
-        Raises ValueError before any task has ended."""
-        if self.old_generator is None:
-            raise ValueError("there is nothing to replay before the first task has ended")
-        condition = None
-        if self.old_generator.num_conditions:
-            order = self.rng.permutation(self.old_conditions)
-            condition = torch.tensor([order[k % len(order)] for k in range(number)])
-        return self.old_generator.generate(number, condition=condition), condition
+            self.offer(x[k].clone(), None if conditions is None else int(conditions[k]))
 
     def step(self, x, y) -> dict:
         """One update of the solver on a batch of the current task (and of the generator, every
@@ -336,21 +463,17 @@ class GenerativeReplay:
         n = self.tasks_done + 1
         current, replayed = replay_weights(n)
         loss = current * self.heads.loss(self.solver(x), y, n)
-        parts = []
+        generated = None
         if n > 1:
-            x_old, condition = self.generated(len(x))
-            loss = loss + self.replay_weight * replayed * self.replay_loss(x_old, n)
-            parts.append((replayed, x_old, condition))
+            generated = self.generated(len(x))
+            loss = loss + self.replay_weight * replayed * self.replay_loss(generated[0], n)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         losses = {"solver": loss.item()}
         if self.steps % self.generator_update_freq == 0:
-            losses["generator"] = self.teach_generator([(current, *self.remembered(len(x))), *parts])
+            losses["generator"] = self.teach_generator(len(x), generated)
         return losses
-
-    def teach_generator(self, parts) -> float:
-        return self.generator.learn(self.generator_optimizers, parts)
 
     def replay_loss(self, x, n) -> Tensor:
         """The solver's loss on generated x against the frozen one's labels, at the n-th task."""
@@ -361,18 +484,203 @@ class GenerativeReplay:
             return sum(hard_loss(s, t) for s, t in pairs) / len(pairs)
         return sum(distillation_loss(s, t, self.temperature) for s, t in pairs) / len(pairs)
 
-    def remembered(self, number):
-        """(x, condition) of the current task, from the memory."""
-        items = [self.memory.items[i] for i in sample(self.memory, number, rng=self.rng)]
-        x = torch.stack([x for x, _ in items])
-        return x, None if items[0][1] is None else torch.tensor([c for _, c in items])
-
     def end_task(self):
-        """Freezes solver and generator as teachers of the next task, and drops all that was stored of this one."""
-        self.old_conditions = self.conditions
-        self.teacher, self.old_generator = frozen(self.solver), frozen(self.generator)
-        self.memory = Buffer(self.memory.capacity)
-        self.tasks_done += 1
+        """Freezes the solver, too, as the teacher of the next task."""
+        super().end_task()
+        self.teacher = frozen(self.solver)
+
+
+# -------------------------------------------------------------------------------------------- on the agent
+
+
+class GenerativeReplayCL(CLAlgorithm):
+    """Generative replay of conversations. While a domain is trained, a `TokenVAE` with the domain as condition learns
+    windows of its conversations (pieces of `window` tokens, one after the other, with which of them the policy sampled)
+    and rehearses the earlier domains on its own; of the domain only the generator and the frozen policy remain. While
+    the n-th domain is trained, the policy is kept close to the frozen one on generated windows: replay_weight (1 - 1/n)
+    KL(frozen || policy), a mean over the distributions of the tokens that the policy is to sample, is added to the loss
+    of every step.
+
+    window_batch: windows per optimiser step, over all ranks; generator_updates: updates of the generator after each
+    GRPO step, each on BATCH windows of the domain and as many generated ones; generator_vocabulary: distinct tokens it
+    can tell apart (one twice where it is both read and sampled), a window ends where there is no room for another.
+    """
+
+    stores_trajectories = True
+    keeps_no_data = True
+    BATCH = 32
+
+    def __init__(
+        self,
+        task_order,
+        replay_weight=4.0,
+        window=256,
+        window_batch=32,
+        window_memory=500,
+        generator_updates=10,
+        generator_vocabulary=8192,
+        generator_latent_dim=32,
+        generator_learning_rate=2e-3,
+        seed=0,
+    ):
+        least = {"window": 2, "window_batch": 1, "window_memory": 1, "generator_updates": 1, "generator_vocabulary": 2}
+        for name, lowest in least.items():
+            if locals()[name] < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {locals()[name]}")
+        for name in ("replay_weight", "generator_learning_rate"):
+            if not 0 < locals()[name] < math.inf:
+                raise ValueError(f"{name} must be greater than 0, got {locals()[name]}")
+        self.order, self.seed, self.replay_weight = task_order, seed, replay_weight
+        self.window, self.window_batch, self.generator_updates = window, window_batch, generator_updates
+        with grpo.seeded("cpu", seed, 0):
+            generator = TokenVAE(
+                generator_vocabulary,
+                window,
+                latent_dim=generator_latent_dim,
+                num_conditions=len(task_order),
+            )
+        self.rehearsal = Rehearsal(generator, window_memory, generator_learning_rate, np.random.default_rng([seed, 2]))
+        self.symbols = [0]  # what the generator's numbers stand for, 2 token + sampled; the first is the end
+        self.numbers = {}  # the inverse
+        self.teacher = None  # the policy at the end of the previous domain (grpo.snapshot)
+        self.draws = 0  # batches generated and taught so far: the position of the random numbers
+        self.generated = dict.fromkeys(task_order, 0)  # windows of each domain
+        self.history = {}  # by domain trained: the means that `get_statistics` shows, and the bytes of what was dropped
+
+    def extra_loss(self, trainer):
+        if self.teacher is None or self.rehearsal.old_conditions == 0:  # the first domain, or none had conversations
+            return None
+        self.to(trainer.model.device)
+        number = math.ceil(self.window_batch / grpo.world_size())  # as many on all ranks: a pass is one of all
+        self.draws += 1
+        with grpo.seeded(self.rehearsal.device, self.seed, 1, self.draws, grpo.rank()):
+            windows, condition = self.rehearsal.generated(number)
+        for k in condition.tolist():
+            self.generated[self.order[k]] += grpo.world_size()
+        tokens = self.as_tokens(windows)
+        with grpo.weights_of(trainer.model, self.teacher):
+            taught = grpo.next_token_logprobs(trainer.model, *tokens)
+        kl = grpo.distillation_kl(trainer.model, *tokens, taught) / max(1, len(taught))
+        self.count(trainer.domain, "distillation KL", kl.item())
+        return self.replay_weight * replay_weights(self.rehearsal.tasks_done + 1)[1] * kl
+
+    def post_step_hook(self, trainer, domain):
+        """Offers the step's conversations to the memory and teaches the generator."""
+        self.to(trainer.model.device)
+        conversations = [
+            [2 * token + (turn >= 0) for token, turn in zip(item["token_ids"], item["turns"], strict=True)]
+            for item, _ in trainer.finished
+            if item["domain"] == domain
+        ]
+        self.number(conversations)
+        for conversation in conversations:
+            for window in self.as_windows(conversation):
+                self.rehearsal.offer(window, self.order.index(domain))
+        if not self.rehearsal.memory.items:
+            return
+        self.draws += 1
+        with grpo.seeded(self.rehearsal.device, self.seed, 2, self.draws):
+            for _ in range(self.generator_updates):
+                self.count(domain, "generator loss", self.rehearsal.teach_generator(self.BATCH))
+
+    def post_task_hook(self, trainer, domain):
+        """The end of the domain: what it leaves is the generator and the frozen policy."""
+        raw = sum(4 * int((window != 0).sum()) for window, _ in self.rehearsal.memory.items)
+        self.history.setdefault(domain, {})["raw bytes"] = raw
+        if grpo.world_size() > 1:  # what differed between ranks in the last digit
+            for p in self.rehearsal.generator.parameters():
+                torch.distributed.broadcast(p.data, 0)
+        self.rehearsal.end_task()
+        self.teacher = grpo.snapshot(trainer.model)
+
+    def number(self, conversations):
+        """Gives new symbols a number, in sorted order, so that the numbers do not tell which followed which."""
+        new = sorted({symbol for conversation in conversations for symbol in conversation} - set(self.numbers))
+        generator = self.rehearsal.generator
+        self.symbols += new[: generator.embedding.num_embeddings - len(self.symbols)]
+        self.numbers = {symbol: number for number, symbol in enumerate(self.symbols) if number > 0}
+        generator.used.fill_(len(self.symbols))
+
+    def as_windows(self, conversation) -> list[Tensor]:
+        """Pieces (window,) of a conversation, one after the other, in the generator's numbers; 0 at and behind a symbol
+        that has none, and behind the conversation's end."""
+        pieces = []
+        for start in range(0, len(conversation) - 1, self.window):
+            numbers = [self.numbers.get(symbol, 0) for symbol in conversation[start : start + self.window]]
+            numbers = numbers[: numbers.index(0)] if 0 in numbers else numbers
+            pieces.append(torch.tensor(numbers + [0] * (self.window - len(numbers))))
+        return pieces
+
+    def as_tokens(self, windows):
+        """(token ids, attention mask, which the policy is to sample), each (B, window), of the generator's numbers;
+        behind the end of a window nothing counts."""
+        symbols = torch.tensor(self.symbols, device=windows.device)[windows]
+        mask = (windows != 0).cumprod(1)
+        return symbols // 2 * mask, mask, symbols % 2 * mask
+
+    def count(self, domain, name, value):
+        """Adds to the running mean `name` of a domain's training."""
+        total = self.history.setdefault(domain, {}).setdefault(name, [0.0, 0])
+        total[0] += value
+        total[1] += 1
+
+    def to(self, device):
+        for generator in (self.rehearsal.generator, self.rehearsal.old_generator):
+            if generator is not None:
+                generator.to(device)
+
+    def get_statistics(self):
+        means = {
+            domain: {name: round(value[0] / value[1], 4) for name, value in found.items() if name != "raw bytes"}
+            for domain, found in self.history.items()
+        }
+        return {
+            "windows generated": dict(self.generated),
+            **{
+                f"{name} while training": {d: m[name] for d, m in means.items() if name in m}
+                for name in ("generator loss", "distillation KL")
+            },
+            "bytes kept": self.sizes(),
+            "bytes of the windows dropped": sum(found.get("raw bytes", 0) for found in self.history.values()),
+        }
+
+    def sizes(self) -> dict:
+        """Bytes of what is kept of the domains that have ended."""
+        generator, teacher = self.rehearsal.old_generator, self.teacher
+        return {
+            "generator": sum(p.nbytes for p in generator.parameters()) if generator is not None else 0,
+            "frozen policy": sum(p.nbytes for p in teacher) if teacher is not None else 0,
+        }
+
+    def bytes_kept(self):
+        return sum(self.sizes().values())
+
+    def state_dict(self):
+        mine = ("symbols", "draws", "generated", "history")
+        return {"rehearsal": self.rehearsal.state_dict(), **{name: getattr(self, name) for name in mine}}
+
+    def load_state_dict(self, state):
+        self.symbols, self.draws = state["symbols"], state["draws"]
+        self.numbers = {symbol: number for number, symbol in enumerate(self.symbols) if number > 0}
+        self.generated, self.history = state["generated"], state["history"]
+        self.rehearsal.load_state_dict(state["rehearsal"])
+
+    def save(self, folder):
+        save_file(self.rehearsal.tensors(), folder / "generator.safetensors")
+
+    def load(self, folder):
+        path = folder / "generator.safetensors"
+        if not path.is_file():
+            raise ValueError("it has no generator.safetensors")
+        self.rehearsal.load_tensors(load_file(path))
+
+    def snapshots(self):
+        return {} if self.teacher is None else {"teacher": self.teacher}
+
+    def load_snapshots(self, snapshots):
+        if self.rehearsal.tasks_done > 0 and "teacher" not in snapshots:
+            raise ValueError("it has no algorithm_teacher.safetensors")
+        self.teacher = snapshots.get("teacher")
 
 
 # ------------------------------------------------------- the experiment on split digits (python generative.py)
@@ -424,8 +732,8 @@ class Heads:
 class Unrehearsed(GenerativeReplay):
     """What must not be done: the generator learns the current task only. For the experiment."""
 
-    def teach_generator(self, parts):
-        return self.generator.learn(self.generator_optimizers, [(1.0, *parts[0][1:])])
+    def teach_generator(self, number, replayed=None):
+        return self.generator.learn(self.generator_optimizers, [(1.0, *self.remembered(number))])
 
 
 class LwF(GenerativeReplay):

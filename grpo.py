@@ -45,6 +45,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
@@ -297,8 +298,8 @@ def shard(model):
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # the loss is normalised by global counts: sum, not mean
             module.set_gradient_divide_factor(1.0)
-    model.score_tokens = types.MethodType(_score_tokens, model)
-    register_fsdp_forward_method(model, "score_tokens")
+    model.project = types.MethodType(_project, model)
+    register_fsdp_forward_method(model, "project")
 
 
 def is_sharded(model) -> bool:
@@ -640,6 +641,14 @@ def seeded_generator(device, *seeds) -> torch.Generator:
     """A generator whose numbers depend on all of the (non-negative) seeds."""
     words = np.random.SeedSequence([len(seeds), *seeds]).generate_state(2)  # alone, (1,) and (1, 0) are the same
     return torch.Generator(device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+
+@contextmanager
+def seeded(device, *seeds):
+    """Inside, torch's global generators depend on the seeds; afterwards they are as before."""
+    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
+        torch.manual_seed(seeded_generator("cpu", *seeds).initial_seed())
+        yield
 
 
 # ----------------------------------------------------------------------------------------------- rollouts
@@ -1066,46 +1075,73 @@ def token_logprobs(model, ids_B_T, attention_mask_B_T, temperature=1.0, mask_B_T
     in nats of each of these distributions, without gradient. The vocabulary is projected on in chunks that the backward
     pass computes again, so that no more than a few times CHUNK logits are in memory.
     """
-    score = getattr(model, "score_tokens", None) or types.MethodType(_score_tokens, model)  # FSDP wraps the first
+    targets = ids_B_T[:, 1:]
+
+    def read(logits_NV, targets_N):
+        logprobs_NV = (logits_NV / temperature).log_softmax(-1)
+        chosen = logprobs_NV.gather(-1, targets_N[:, None])[:, 0]
+        if not return_entropy:
+            return (chosen,)
+        with torch.no_grad():
+            return chosen, -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+
+    wanted = attention_mask_B_T[:, 1:].bool() if mask_B_T is None else mask_B_T[:, 1:].bool()
+    results = []
+    for column in _read_logits(model, ids_B_T, attention_mask_B_T, wanted, read, targets[wanted]):
+        full = torch.zeros(ids_B_T.shape, device=ids_B_T.device)
+        full[:, 1:] = full[:, 1:].masked_scatter(wanted, column)
+        results.append(full)
+    return tuple(results) if return_entropy else results[0]
+
+
+def next_token_logprobs(model, ids_B_T, attention_mask_B_T, mask_B_T) -> Tensor:
+    """The whole distributions (N, V) that the N tokens of `mask_B_T` (without first ones) come from, without gradient:
+    what `distillation_kl` holds a policy to. 4 V bytes each."""
+    wanted = mask_B_T[:, 1:].bool()
+    with torch.no_grad():
+        (logprobs,) = _read_logits(model, ids_B_T, attention_mask_B_T, wanted, lambda x: (x.log_softmax(-1),))
+    return logprobs
+
+
+def distillation_kl(model, ids_B_T, attention_mask_B_T, mask_B_T, teacher_NV) -> Tensor:
+    """KL(teacher || policy) in nats, summed over the N distributions of `next_token_logprobs`; a scalar."""
+
+    def read(logits_NV, teacher_NV):
+        return (F.kl_div(logits_NV.log_softmax(-1), teacher_NV.float(), reduction="none", log_target=True).sum(-1),)
+
+    wanted = mask_B_T[:, 1:].bool()
+    (kl,) = _read_logits(model, ids_B_T, attention_mask_B_T, wanted, read, teacher_NV)
+    return kl.sum()
+
+
+def _read_logits(model, ids_B_T, attention_mask_B_T, wanted, read, *rows):
+    """What `read(logits (n, V), *rows (n, ...))` makes of the logits that predict the tokens `wanted` (B, T - 1), of
+    those from the second on: a tuple of tensors (N, ...), computed CHUNK logits at a time."""
+    project = getattr(model, "project", None) or types.MethodType(_project, model)  # FSDP wraps the first
     model.train(
         torch.is_grad_enabled() and getattr(model, "recompute_layers", False)
     )  # transformers does it in this mode
     with autocast(model):
-        logprobs, entropy = score(ids_B_T, attention_mask_B_T, temperature, mask_B_T, return_entropy)
+        columns = project(ids_B_T, attention_mask_B_T, wanted, read, *rows)
     model.eval()
-    return (logprobs, entropy) if return_entropy else logprobs
+    return columns
 
 
-def _score_tokens(model, ids_B_T, attention_mask_B_T, temperature, mask_B_T, return_entropy):
+def _project(model, ids_B_T, attention_mask_B_T, wanted, read, *rows):
     hidden = model.get_decoder()(input_ids=ids_B_T, attention_mask=attention_mask_B_T, use_cache=False)
-    hidden = hidden.last_hidden_state[:, :-1]
-    wanted = attention_mask_B_T[:, 1:].bool() if mask_B_T is None else mask_B_T[:, 1:].bool()
     head = model.get_output_embeddings()
 
-    def project(hidden_N, targets_N):
-        logprobs_NV = (head(hidden_N).float() / temperature).log_softmax(-1)
-        chosen = logprobs_NV.gather(-1, targets_N[:, None])[:, 0]
-        if not return_entropy:
-            return chosen, None
-        with torch.no_grad():
-            return chosen, -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+    def project(hidden_N, *rows):
+        return read(head(hidden_N).float(), *rows)
 
-    hidden_N, targets_N = hidden[wanted], ids_B_T[:, 1:][wanted]
+    hidden_N = hidden.last_hidden_state[:, :-1][wanted]
     size = max(1, CHUNK // model.config.vocab_size)
-    if len(hidden_N) <= size or not torch.is_grad_enabled():
-        parts = [project(h, t) for h, t in zip(hidden_N.split(size), targets_N.split(size), strict=True)]
+    chunks = list(zip(*(tensor.split(size) for tensor in (hidden_N, *rows)), strict=True))
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        parts = [project(*chunk) for chunk in chunks]
     else:
-        parts = [
-            checkpoint(project, h, t, use_reentrant=False, preserve_rng_state=False)
-            for h, t in zip(hidden_N.split(size), targets_N.split(size), strict=True)
-        ]
-    results = []
-    for column in zip(*parts, strict=True):
-        full = torch.zeros(ids_B_T.shape, device=ids_B_T.device)
-        if column[0] is not None:
-            full[:, 1:] = full[:, 1:].masked_scatter(wanted, torch.cat(column))
-        results.append(full)
-    return results
+        parts = [checkpoint(project, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def kl_estimate(d, estimator="k3") -> Tensor:

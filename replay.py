@@ -301,6 +301,7 @@ class CLAlgorithm:
 
     all_domains: batches are drawn from every domain from the start, in as many stages as there are domains.
     stores_trajectories: it needs trainer.finished.
+    keeps_no_data: when a domain has ended, checkpoints from before its end are removed.
 
     trainer.groups: this step's groups on all ranks (task: TaskRef, replayed: bool, rewards: list of float, None
     where invalid); trainer.finished: this step's conversations on all ranks, as they may be stored (see
@@ -310,6 +311,7 @@ class CLAlgorithm:
 
     all_domains = False
     stores_trajectories = False
+    keeps_no_data = False
 
     @classmethod
     def from_args(cls, args):
@@ -333,7 +335,8 @@ class CLAlgorithm:
         return []
 
     def extra_loss(self, trainer):
-        """A scalar tensor to add to the step's loss, or None; asked before every optimiser step of GRPO.
+        """A scalar tensor to add to the step's loss, or None; asked before every optimiser step, also of the warm start
+        (trainer.state["stage"] is "warmup" or "grpo").
 
         Every rank computes the same, or its share of a mean over ranks: the ranks' tensors are averaged. A penalty on
         the weights takes them from grpo.trained_parameters(trainer.model), which also serves sharded ones.
@@ -359,6 +362,13 @@ class CLAlgorithm:
 
     def load(self, folder: Path):
         """Reads what `save` wrote, after `load_state_dict`."""
+
+    def snapshots(self) -> dict[str, list[torch.Tensor]]:
+        """Tensors of the policy's shape that it keeps (grpo.snapshot), by name: train.py saves them in checkpoints."""
+        return {}
+
+    def load_snapshots(self, snapshots):
+        """Takes back what was saved of `snapshots`, after `load`."""
 
     def state_dict(self) -> dict:
         """Everything that a resumed run needs, as JSON."""
@@ -639,19 +649,20 @@ class AdaptiveReplayCL(ReplayCL):
 ALGORITHMS = {"sequential": SequentialCL, "joint": JointCL, "replay": ReplayCL, "adaptive_replay": AdaptiveReplayCL}
 
 
-def load_algorithm(name, args=None) -> CLAlgorithm:
-    """The algorithm called `name`, or the class of "path/to/file.py:MyAlgorithm", built from train.py's flags.
-    Raises ValueError when there is no such algorithm, file or class."""
+def load_algorithm(name, args=None, others=None) -> CLAlgorithm:
+    """The algorithm called `name` in ALGORITHMS or `others`, or the class of "path/to/file.py:MyAlgorithm", built from
+    train.py's flags. Raises ValueError when there is no such algorithm, file or class."""
     if ":" not in name:
-        if name not in ALGORITHMS:
-            known = ", ".join(ALGORITHMS)
+        algorithms = {**ALGORITHMS, **(others or {})}
+        if name not in algorithms:
+            known = ", ".join(algorithms)
             raise ValueError(f"unknown cl_algorithm {name!r}; choose one of {known}, or path/to/file.py:MyAlgorithm")
         if getattr(args, "replay_kind", "tasks") == "trajectories":
             if name == "adaptive_replay":
                 raise ValueError("adaptive_replay goes by rewards of old tasks' rollouts: it needs --replay_kind tasks")
             if name == "replay":
                 return TrajectoryReplayCL.from_args(args)
-        return ALGORITHMS[name].from_args(args)
+        return algorithms[name].from_args(args)
     path, _, class_name = name.rpartition(":")
     if not Path(path).is_file():
         raise ValueError(f"cl_algorithm: there is no file {path!r}")

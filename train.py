@@ -40,6 +40,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import eval as evaluation
+import generative
 import grpo
 import oracle
 import replay
@@ -148,7 +149,7 @@ class Args:
     """of the warm start"""
 
     cl_algorithm: str = "sequential"
-    """sequential, joint, replay, adaptive_replay, or path/to/file.py:MyAlgorithm"""
+    """sequential, joint, replay, adaptive_replay, generative_replay, or path/to/file.py:MyAlgorithm"""
     replay_kind: str = "tasks"
     """replay: tasks (old tasks are rolled out again) or trajectories (stored conversations, no new rollouts)"""
     replay_ratio: float = 0.2
@@ -173,6 +174,23 @@ class Args:
     """adaptive_replay: lowest ratio"""
     max_replay_ratio: float = 0.5
     """adaptive_replay: highest ratio"""
+
+    replay_weight: float = 4.0
+    """generative_replay: weight of the KL to the previous domain's policy, times 1 - 1/n in the n-th domain"""
+    window: int = 256
+    """generative_replay: tokens of a window; one that does not reach back to what a turn answers teaches little"""
+    window_batch: int = 32
+    """generative_replay: generated windows per optimiser step"""
+    window_memory: int = 500
+    """generative_replay: windows of the current domain that the generator learns from"""
+    generator_updates: int = 10
+    """generative_replay: updates of the generator after each GRPO step"""
+    generator_vocabulary: int = 8192
+    """generative_replay: distinct tokens that the generator has room for"""
+    generator_latent_dim: int = 32
+    """generative_replay: of the generator"""
+    generator_learning_rate: float = 2e-3
+    """generative_replay: of the generator (Adam)"""
 
     eval_split: str = "test"
     """tau2's split to evaluate on; "train": the training tasks themselves"""
@@ -217,9 +235,14 @@ TINY = {
     "warmup_learning_rate": 2e-3,
     "replay_ratio": 0.4,
     "min_buffer_size": 1,
+    "window": 320,
+    "window_batch": 4,
     "eval_split": "train",
     "eval_trials": 16,
 }
+
+
+ALGORITHMS = {"generative_replay": generative.GenerativeReplayCL}  # beside replay.ALGORITHMS
 
 
 class Interrupted(Exception):
@@ -506,7 +529,7 @@ def update(trainer: Trainer, kept, replayed=()) -> dict:
     counts = dict(zip(names, sum_over_ranks(trainer, *values), strict=True))
     new_batches, old_batches = make_batches(trainer, kept, args.gamma), make_batches(trainer, stored, args.gamma)
     reference_logprobs(trainer, new_batches + old_batches)
-    totals, norm = [], 0.0
+    totals, norm, extra_seconds = [], 0.0, 0.0
     for _ in range(args.num_iterations):
         new, old = Logged(), Logged()
         losses = [0.0] * (len(stored) + 1)  # the last for passes that do not count
@@ -514,10 +537,9 @@ def update(trainer: Trainer, kept, replayed=()) -> dict:
             step_loss(trainer, batch, counts, new).backward()
         for batch in old_batches:
             step_loss(trainer, batch, counts, old, losses=losses).backward()
-        extra = trainer.algorithm.extra_loss(trainer)
-        if extra is not None:
-            # Every rank's is the same and they are summed; that of sharded weights themselves is one for all.
-            (extra if isinstance(extra, DTensor) else extra / grpo.world_size()).backward()
+        extra_start = time.perf_counter()
+        extra = backward_extra_loss(trainer)
+        extra_seconds += time.perf_counter() - extra_start
         ranks = grpo.all_gather_json([dataclasses.asdict(new), dataclasses.asdict(old), losses[:-1]])
         new, old = Logged.over_ranks(r[0] for r in ranks), Logged.over_ranks(r[1] for r in ranks)
         trainer.replayed_losses = [ranks[i % len(ranks)][2][i // len(ranks)] for i in range(len(replayed))]
@@ -542,6 +564,8 @@ def update(trainer: Trainer, kept, replayed=()) -> dict:
             replayed_clip_share=per_token(1, "clip_share", in_loss),
             cloning_loss=per_token(1, "cloning", counts["replayed_tokens"]),
         )
+    if extra is not None:
+        stats.update(extra_loss=extra, extra_seconds=extra_seconds)
     return {
         "loss": totals[0][0].loss + totals[0][1].loss,
         **stats,
@@ -553,6 +577,18 @@ def update(trainer: Trainer, kept, replayed=()) -> dict:
         "action_tokens": int(counts["new_tokens"]),
         "update_seconds": time.perf_counter() - start,
     }
+
+
+def backward_extra_loss(trainer: Trainer) -> float | None:
+    """Adds the gradient of the algorithm's own loss. Returns its value, a mean over ranks, if there is one."""
+    extra = trainer.algorithm.extra_loss(trainer)
+    if extra is None:
+        return None
+    if isinstance(extra, DTensor):  # of sharded weights themselves: one for all ranks
+        extra.backward()
+        return grpo.whole(extra.detach()).item()
+    (extra / grpo.world_size()).backward()  # gradients are summed over ranks
+    return sum_over_ranks(trainer, extra.item())[0] / grpo.world_size()
 
 
 def count_tokens(pairs) -> int:
@@ -676,7 +712,10 @@ def grpo_step(trainer: Trainer) -> dict:
         by_domain.setdefault(r["domain"], []).append(r["reward"])
     new = torch.tensor([reward for domain in trainer.domains for reward in by_domain.get(domain, [])] or [0.0])
     append_jsonl(trainer.run / "trajectories.jsonl", records)
+    start = time.perf_counter()
     trainer.algorithm.post_step_hook(trainer, trainer.domain)
+    trainer.finished = []
+    stats["hook_seconds"] = time.perf_counter() - start
     return {
         "kind": "step",
         "domain": trainer.domain,
@@ -712,6 +751,7 @@ def warmup_step(trainer: Trainer) -> float:
         loss.backward()
         total += loss.item()
     total = sum_over_ranks(trainer, total)[0]
+    backward_extra_loss(trainer)
     set_rate(trainer, args.warmup_learning_rate, len(batch) + len(replayed))
     norm = optimizer_step(trainer, total)
     if trainer.state["skipped_in_a_row"] >= MAX_SKIPPED:
@@ -824,20 +864,22 @@ def save_checkpoint(trainer: Trainer):
 
 
 def gather_checkpoint(trainer: Trainer):
-    """(weights where they are sharded, AdamW's moments, the reference policy), whole on rank 0; all ranks take part."""
+    """(weights where they are sharded, AdamW's moments, the reference policy and the algorithm's snapshots by name),
+    whole on rank 0; all ranks take part."""
     weights = grpo.gathered_weights(trainer.model)
     moments = {
         f"{name}/{key}": grpo.gathered(value)
         for name, p in grpo.trained_parameters(trainer.model).items()
         for key, value in trainer.optimizer.state.get(p, {}).items()
     }
-    reference = None
+    snapshots = {f"algorithm_{name}": saved for name, saved in trainer.algorithm.snapshots().items()}
     if trainer.reference is not None:
-        reference = grpo.gathered_snapshot(trainer.model, trainer.reference)
-    return weights, moments, reference
+        snapshots["reference"] = trainer.reference
+    snapshots = {name: grpo.gathered_snapshot(trainer.model, saved) for name, saved in snapshots.items()}
+    return weights, moments, snapshots
 
 
-def write_checkpoint(trainer: Trainer, weights, moments, reference):
+def write_checkpoint(trainer: Trainer, weights, moments, snapshots):
     folder = trainer.run / "checkpoints"
     earlier = checkpoints(trainer.run)
     number = int(earlier[-1].name.split("-")[0]) + 1 if earlier else 0
@@ -847,8 +889,8 @@ def write_checkpoint(trainer: Trainer, weights, moments, reference):
     temporary.mkdir(parents=True)
     grpo.save_policy(trainer.model, trainer.tokenizer, temporary, weights)
     save_file(moments, temporary / "optimizer.safetensors")
-    if reference is not None:
-        save_file(reference, temporary / "reference.safetensors")
+    for name, tensors in snapshots.items():
+        save_file(tensors, temporary / f"{name}.safetensors")
     trainer.algorithm.save(temporary)
     logs = {path.name: path.stat().st_size for path in trainer.run.glob("*.jsonl")}
     sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
@@ -859,7 +901,11 @@ def write_checkpoint(trainer: Trainer, weights, moments, reference):
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)
     os.replace(link, folder / "LAST")
-    for old in checkpoints(trainer.run)[: -trainer.args.keep_checkpoints]:
+    remove_checkpoints(trainer.run, trainer.args.keep_checkpoints)
+
+
+def remove_checkpoints(run, keep):
+    for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
 
 
@@ -903,11 +949,17 @@ def load_checkpoint(trainer: Trainer, folder: Path, saved: dict):
             is_count = tensor.ndim == 0  # AdamW's count of steps
             trainer.optimizer.state[p][key] = tensor if is_count else grpo.part_like(tensor.to(p.device), p)
     if (folder / "reference.safetensors").exists():
-        with safe_open(folder / "reference.safetensors", "pt") as reference:
-            trainer.reference = grpo.snapshot_from(trainer.model, reference.get_tensor)
+        trainer.reference = read_snapshot(trainer.model, folder / "reference.safetensors")
+    of_algorithm = {path.stem.removeprefix("algorithm_"): path for path in sorted(folder.glob("algorithm_*"))}
+    trainer.algorithm.load_snapshots({name: read_snapshot(trainer.model, path) for name, path in of_algorithm.items()})
     if grpo.rank() == 0:  # what was logged after the checkpoint will be logged again
         for path in trainer.run.glob("*.jsonl"):
             os.truncate(path, saved["logs"].get(path.name, 0))
+
+
+def read_snapshot(model, path) -> list:
+    with safe_open(path, "pt") as tensors:
+        return grpo.snapshot_from(model, tensors.get_tensor)
 
 
 class Signals:
@@ -1033,7 +1085,7 @@ def set_up(args: Args, device="cpu") -> Trainer:
     train_tasks, eval_tasks = select_tasks(args)
     if args.resume and config["train_tasks"] != task_ids(train_tasks):
         raise ValueError(f"cannot resume {run}: the train_tasks of its config.json are not those of this tau2")
-    algorithm = replay.load_algorithm(args.cl_algorithm, args)
+    algorithm = replay.load_algorithm(args.cl_algorithm, args, ALGORITHMS)
     corpus = None
     if args.model_name_or_path == "tiny":
         # Cut, as the policy sees them; the tokenizer is made for these tasks, the policy knows no others.
@@ -1197,6 +1249,8 @@ def run_stages(trainer: Trainer):
         state["domain_index"] += 1
         start_stage(trainer, "warmup")
         save_checkpoint(trainer)
+        if trainer.algorithm.keeps_no_data and grpo.rank() == 0:
+            remove_checkpoints(trainer.run, keep=1)
 
 
 BAR = {"disable": None, "leave": True}

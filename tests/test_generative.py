@@ -1,7 +1,9 @@
 """generative.py: the formulas against hand computations, the rule of rehearsal, privacy, and the experiment."""
 
+import copy
 import csv
 import gc
+import json
 import math
 import subprocess
 import sys
@@ -13,7 +15,19 @@ import torch
 from torch import nn
 
 import generative
-from generative import VAE, Args, ConvVAE, GenerativeReplay, Heads, distillation_loss, elbo_loss, replay_weights
+import grpo
+from generative import (
+    VAE,
+    Args,
+    ConvVAE,
+    GenerativeReplay,
+    GenerativeReplayCL,
+    Heads,
+    TokenVAE,
+    distillation_loss,
+    elbo_loss,
+    replay_weights,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -301,6 +315,221 @@ def test_the_memory_is_a_reservoir_of_the_current_task():
     replayer.step(*(part[:8] for part in task(0)))
     replayer.end_task()
     assert replayer.memory.items == [] and replayer.memory.seen == 0 and replayer.memory.capacity == 5
+
+
+# ------------------------------------------------------------------------------------------ on the agent
+
+
+def agent(**settings):
+    return GenerativeReplayCL(
+        ["airline", "retail"], **{"window": 4, "window_memory": 20, "window_batch": 6, **settings}
+    )
+
+
+def test_a_token_vae_minimises_the_negative_elbo_of_a_categorical_likelihood():
+    vae = TokenVAE(9, window=3, width=4, hidden_dims=(5,), latent_dim=2, num_conditions=2).double()
+    vae.used.fill_(7)
+    x, condition = torch.tensor([[1, 6, 0], [2, 2, 5]]), torch.tensor([0, 1])
+    torch.manual_seed(4)
+    loss = vae.loss(x, condition)
+    torch.manual_seed(4)
+    logits, mu, logvar = vae(x, condition)
+    assert logits.shape == (2, 3, 7)
+    total = 0.0
+    for b in range(2):
+        for t in range(3):
+            row = logits[b, t].tolist()
+            total -= row[x[b, t]] - math.log(sum(map(math.exp, row)))
+        for m, v in zip(mu[b].tolist(), logvar[b].tolist(), strict=True):
+            total += 0.5 * (math.exp(v) + m**2 - 1 - v)
+    assert loss.item() == pytest.approx(total / 2, rel=1e-12)
+    with pytest.raises(ValueError, match=r"shape \(B, 3\), got \(2, 4\)"):
+        vae.loss(torch.ones(2, 4, dtype=torch.long), condition)
+
+
+def test_a_token_vae_learns_what_belongs_to_its_condition():
+    torch.manual_seed(0)
+    windows = torch.randint(1, 40, (6, 8))
+    conditions = torch.tensor([0, 0, 0, 1, 1, 1])
+    vae = TokenVAE(40, window=8, width=16, hidden_dims=(64,), latent_dim=4, num_conditions=2)
+    vae.used.fill_(40)
+    optimizers = vae.optimizers(3e-3)
+    for _ in range(400):
+        vae.learn(optimizers, [(1.0, windows, conditions)])
+    made = vae.generate(200, condition=torch.arange(200) % 2)
+    hits = (made[:, None] == windows).float().mean(2)  # (200, 6)
+    nearest = hits.argmax(1)
+    assert (conditions[nearest] == torch.arange(200) % 2).float().mean() > 0.95
+    assert hits.max(1).values.mean() > 0.8 and len(nearest.unique()) == 6
+
+
+def test_conversations_are_cut_into_windows_and_back():
+    algorithm = agent(generator_vocabulary=8)
+    algorithm.number([[100, 14, 14, 61, 40], [61, 181]])
+    assert algorithm.symbols == [0, 14, 40, 61, 100, 181]  # sorted: the order of the conversation is not kept
+    algorithm.number([[2, 4, 6, 14]])
+    assert algorithm.symbols == [0, 14, 40, 61, 100, 181, 2, 4]  # no room for 6
+    assert algorithm.rehearsal.generator.used == 8
+    windows = torch.stack(algorithm.as_windows([100, 14, 14, 61, 40, 6, 181, 61, 4, 2]))
+    assert windows.tolist() == [[4, 1, 1, 3], [2, 0, 0, 0], [7, 6, 0, 0]]
+    ids, mask, sampled = algorithm.as_tokens(torch.tensor([[4, 1, 0, 3], [6, 3, 5, 2]]))
+    assert ids.tolist() == [[50, 7, 0, 0], [1, 30, 90, 20]]
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]] and sampled.tolist() == [[0, 0, 0, 0], [0, 1, 1, 0]]
+
+
+@pytest.fixture(scope="module")
+def policies():
+    """A policy, and another one with the same tokenizer."""
+    return [grpo.load_policy("tiny", "float32", "cpu", seed=seed)[0] for seed in (0, 1)]
+
+
+class FakeTrainer:
+    """What the hooks look at."""
+
+    def __init__(self, model, domain="airline", conversations=()):
+        self.model, self.domain = model, domain
+        turns = [-1, 0, 0] * 10
+        items = [{"domain": domain, "token_ids": ids, "turns": turns[: len(ids)]} for ids in conversations]
+        self.finished = [(item, 0.0) for item in items]
+
+
+def conversations(seed):
+    return torch.randint(3, 60, (12, 16), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def as_symbols(ids):
+    return [2 * token + (k % 3 > 0) for k, token in enumerate(ids)]
+
+
+def trained_agent(policies, **settings):
+    algorithm = agent(**settings)
+    trainer = FakeTrainer(policies[0], conversations=conversations(0))
+    assert algorithm.extra_loss(trainer) is None
+    algorithm.post_step_hook(trainer, "airline")
+    algorithm.post_task_hook(trainer, "airline")
+    return algorithm
+
+
+def test_the_policy_is_held_to_the_frozen_ones_distributions(policies, monkeypatch):
+    """The loss and its gradient against whole log-softmaxes of two models, in float64."""
+    algorithm = trained_agent(policies, replay_weight=0.6)
+    frozen_weights = [p.clone() for p in policies[0].parameters()]
+    learner = copy.deepcopy(policies[1])
+    sampled = [k for k, symbol in enumerate(algorithm.symbols) if symbol % 2]
+    read = [k for k, symbol in enumerate(algorithm.symbols) if k and symbol % 2 == 0]
+    rows = [[read[0], sampled[3], sampled[1], read[2]], [sampled[4], sampled[0], 0, read[1]], [0, 1, 2, 3]]
+    counted = [[1, 2], [1]]  # of each row: those that were sampled, without a first token and what is behind the end
+    monkeypatch.setattr(algorithm.rehearsal, "generated", lambda number: (torch.tensor(rows), torch.tensor([0, 0, 0])))
+    for chunk in (2**26, 1):  # all at once, and one distribution at a time
+        monkeypatch.setattr(grpo, "CHUNK", chunk)
+        learner.zero_grad()
+        loss = algorithm.extra_loss(FakeTrainer(learner, "retail"))
+        loss.backward()
+        teacher, student = copy.deepcopy(policies[0]).double(), copy.deepcopy(learner).double()
+        student.zero_grad()
+        total = 0.0
+        for row, places in zip(rows[:2], counted, strict=True):
+            ids = torch.tensor([[algorithm.symbols[k] // 2 for k in row[: row.index(0) if 0 in row else None]]])
+            for place in places:
+                p = teacher(ids).logits[0, place - 1].softmax(-1)
+                log_q = student(ids).logits[0, place - 1].log_softmax(-1)
+                total = total + (p * (p.log() - log_q)).sum()
+        expected = 0.6 * 0.5 * total / 3
+        expected.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        for mine, other in zip(learner.parameters(), student.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad.double(), other.grad, rtol=1e-3, atol=1e-7)
+    for now, before in zip(policies[0].parameters(), frozen_weights, strict=True):
+        assert torch.equal(now, before)
+    for now, before in zip(learner.parameters(), policies[1].parameters(), strict=True):
+        assert torch.equal(now, before)  # the teacher's weights were in it only for its forward pass
+    assert algorithm.get_statistics()["windows generated"] == {"airline": 6, "retail": 0}
+
+
+def test_windows_in_which_the_policy_samples_nothing_give_no_gradient(policies, monkeypatch):
+    algorithm = trained_agent(policies)
+    windows = torch.zeros(2, 4, dtype=torch.long)
+    monkeypatch.setattr(algorithm.rehearsal, "generated", lambda number: (windows, torch.tensor([0, 0])))
+    loss = algorithm.extra_loss(FakeTrainer(policies[1], "retail"))
+    loss.backward()
+    assert loss.item() == 0 and not any(p.grad.any() for p in policies[1].parameters() if p.grad is not None)
+
+
+def test_the_generator_of_the_agent_is_rehearsed_and_keeps_no_conversation(policies, monkeypatch):
+    algorithm = agent()
+    first, second = conversations(0), [[60 + token for token in ids] for ids in conversations(1)]
+    trainer = FakeTrainer(policies[0], conversations=first)
+    algorithm.post_step_hook(trainer, "airline")
+    windows = torch.cat([torch.stack(algorithm.as_windows(as_symbols(ids))) for ids in first])
+    assert algorithm.rehearsal.memory.seen == 12 * 4 and len(algorithm.rehearsal.memory.items) == 20
+
+    def kept(windows):
+        found = [t for t in reachable(algorithm) if isinstance(t, torch.Tensor) and t.dtype == torch.long and t.dim()]
+        rows = torch.cat([torch.empty(0, 4), *(t.reshape(-1, 4) for t in found if t.shape[-1] == 4)])
+        return sum(bool((rows == window).all(1).any()) for window in windows)
+
+    assert kept(windows) >= 20
+    algorithm.post_task_hook(trainer, "airline")
+    assert kept(windows) == 0
+    taught = []
+    learn = algorithm.rehearsal.generator.learn
+    monkeypatch.setattr(
+        algorithm.rehearsal.generator, "learn", lambda o, parts: taught.append(parts) or learn(o, parts)
+    )
+    trainer = FakeTrainer(policies[0], "retail", second)
+    algorithm.post_step_hook(trainer, "retail")
+    assert len(taught) == algorithm.generator_updates
+    offered = {tuple(w.tolist()) for ids in second for w in algorithm.as_windows(as_symbols(ids))}
+    for (new, x, condition), (old, _, old_condition) in taught:
+        assert (new, old) == (0.5, 0.5) and set(condition.tolist()) == {1} and set(old_condition.tolist()) == {0}
+        assert all(tuple(window) in offered for window in x.tolist())
+    algorithm.post_task_hook(trainer, "retail")
+    statistics = algorithm.get_statistics()
+    assert statistics["bytes of the windows dropped"] == 2 * 20 * 4 * 4
+    assert statistics["bytes kept"]["frozen policy"] == sum(p.nbytes for p in policies[0].parameters())
+    assert algorithm.bytes_kept() == sum(statistics["bytes kept"].values()) > 0
+
+
+def test_the_agents_generator_comes_back_from_a_checkpoint(policies, tmp_path):
+    algorithm = trained_agent(policies)
+    trainer = FakeTrainer(policies[0], "retail", conversations(1))
+    algorithm.post_step_hook(trainer, "retail")
+    state = json.loads(json.dumps(algorithm.state_dict()))
+    algorithm.save(tmp_path)
+    other = agent()
+    other.load_state_dict(state)
+    other.load(tmp_path)
+    with pytest.raises(ValueError, match="no algorithm_teacher"):
+        other.load_snapshots({})
+    other.load_snapshots({name: [t.clone() for t in tensors] for name, tensors in algorithm.snapshots().items()})
+    losses = []
+    for each in (algorithm, other):
+        each.post_step_hook(trainer, "retail")
+        losses.append(each.extra_loss(trainer).item())
+    assert losses[0] == losses[1]
+    ours, theirs = (each.rehearsal.tensors() for each in (algorithm, other))
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    (tmp_path / "generator.safetensors").unlink()
+    with pytest.raises(ValueError, match="it has no generator"):
+        other.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"window": 1}, "window must be at least 2, got 1"),
+        ({"window_batch": 0}, "window_batch must be at least 1, got 0"),
+        ({"window_memory": 0}, "window_memory must be at least 1, got 0"),
+        ({"generator_updates": 0}, "generator_updates must be at least 1, got 0"),
+        ({"generator_vocabulary": 1}, "generator_vocabulary must be at least 2, got 1"),
+        ({"generator_latent_dim": 0}, "latent_dim must be at least 1, got 0"),
+        ({"replay_weight": 0.0}, "replay_weight must be greater than 0, got 0.0"),
+        ({"generator_learning_rate": math.nan}, "generator_learning_rate must be greater than 0, got nan"),
+    ],
+)
+def test_settings_of_the_agent_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        agent(**settings)
 
 
 # ---------------------------------------------------------------------------------------- the experiment

@@ -22,6 +22,7 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 
 import eval as evaluation
+import generative
 import grpo
 import oracle
 import replay
@@ -281,6 +282,27 @@ def penalty_step(shard=False):
     return before - law_weights(trainer)
 
 
+def rehearsed_step(shard=False):
+    """The gradient of generative replay alone: the policy against another one, on windows that the ranks share out."""
+    trainer, _ = law_trainer("dapo", shard=shard)
+    with torch.no_grad():
+        for p in grpo.trained_parameters(trainer.model).values():
+            p.mul_(1.1)
+    trainer.algorithm = generative.GenerativeReplayCL(trainer.args.task_order, window=6, window_batch=4)
+    trainer.algorithm.number([list(range(7, 80, 2))])
+    trainer.algorithm.rehearsal.offer(torch.ones(6, dtype=torch.long), 0)
+    trainer.algorithm.post_task_hook(trainer, "airline")
+    windows = torch.randint(1, 30, (4, 6), generator=torch.Generator().manual_seed(0))
+    mine = windows[grpo.rank() :: grpo.world_size()]
+    trainer.algorithm.rehearsal.generated = lambda number: (mine[:number], torch.zeros(number, dtype=torch.long))
+    with torch.no_grad():
+        for p in grpo.trained_parameters(trainer.model).values():
+            p.div_(1.1)
+    before = law_weights(trainer)
+    stats = train.update(trainer, [])
+    return torch.cat([before - law_weights(trainer), torch.tensor([stats["extra_loss"]])])
+
+
 def apart(a, b):
     return ((a - b).norm() / b.norm()).item()
 
@@ -328,6 +350,7 @@ def law_rank(rank, path):
         Path(f"{path}.{case}.{rank}.json").write_text(json.dumps(stats))
     for shard in (False, True):
         torch.save(penalty_step(shard), f"{path}.penalty.{rank}.{shard}")
+        torch.save(rehearsed_step(shard), f"{path}.rehearsed.{rank}.{shard}")
     for shard in (False, True):
         torch.save(lora_step(f"{path}.base", shard), f"{path}.lora.{rank}.{shard}")
     trainer, trajectories = law_trainer("dapo")
@@ -359,6 +382,13 @@ def test_the_gradient_does_not_depend_on_ranks_or_shards(tmp_path):
         assert apart(torch.load(path, weights_only=True), lora) < 0.02, path  # bfloat16
     for path in tmp_path.glob("law.penalty.*"):
         assert apart(torch.load(path, weights_only=True), penalty_step()) < 1e-5, path
+    rehearsed = rehearsed_step()
+    assert rehearsed[:-1].norm() > 1e-3 and len([*tmp_path.glob("law.rehearsed.*")]) == 4
+    for path in tmp_path.glob("law.rehearsed.*"):
+        found = torch.load(path, weights_only=True)
+        assert apart(found[:-1], rehearsed[:-1]) < 1e-5 and found[-1].item() == pytest.approx(rehearsed[-1].item()), (
+            path
+        )
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_five_in_a_row_stop_the_run(tmp_path):
@@ -609,6 +639,94 @@ def test_stored_conversations_survive_a_stop(tmp_path, monkeypatch, capsys):
     assert saved[0].read_text() == saved[1].read_text() and len(lines.splitlines()) == 1 + 3
 
 
+# ---------------------------------------------------------------------------------------- generative replay
+
+
+def test_generative_replay_keeps_no_conversation_of_a_finished_domain(tmp_path):
+    flags = ["--cl_algorithm", "generative_replay", "--window", "8", "--generator_updates", "2", "--window_batch", "3"]
+    flags += ["--task_order", "airline", "telecom", "retail", "--checkpoint_every", "100"]
+    raw, files = {}, []
+    post_task_hook = generative.GenerativeReplayCL.post_task_hook
+
+    def look(algorithm, trainer, domain):
+        windows = [window.tolist() for window, _ in algorithm.rehearsal.memory.items]
+        raw[domain] = [[algorithm.symbols[k] for k in window if k] for window in windows]
+        post_task_hook(algorithm, trainer, domain)
+        assert trainer.finished == []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generative.GenerativeReplayCL, "post_task_hook", look)
+        patch.setattr(train, "remove_checkpoints", recorder(train.remove_checkpoints, files))
+        summary = train.train(small_args(tmp_path, *flags, "--run_name", "r"))
+    assert set(raw) == {"airline", "telecom", "retail"} and all(len(windows) > 5 for windows in raw.values())
+    alone = [found for found in files if found["keep"] == 1]
+    assert len(alone) == 3 and all(found["memory"] == [False] for found in alone)
+    assert any(True in found["memory"] for found in files)  # while a domain is trained there is one
+    statistics = summary["statistics"]
+    # Two warm-up steps and two of GRPO in each later domain; three windows a step, evenly over the domains seen.
+    assert sum(statistics["windows generated"].values()) == 2 * 4 * 3
+    assert statistics["windows generated"]["retail"] == 0 < statistics["windows generated"]["telecom"]
+    assert set(statistics["generator loss while training"]) == {"airline", "telecom", "retail"}
+    assert set(statistics["distillation KL while training"]) == {"telecom", "retail"}
+    assert statistics["bytes of the windows dropped"] == 4 * sum(len(w) for windows in raw.values() for w in windows)
+    assert summary["bytes_kept"] == sum(statistics["bytes kept"].values())
+    steps = [r for r in evaluation.read_jsonl(tmp_path / "r" / "metrics.jsonl") if r["kind"] == "step"]
+    assert ["extra_loss" in r for r in steps] == [False] * 2 + [True] * 4
+
+
+def recorder(remove, files):
+    """`remove_checkpoints`, noting whether those that are left hold windows."""
+
+    def removing(run, keep):
+        remove(run, keep)
+        left = [load_file(folder / "generator.safetensors") for folder in train.checkpoints(run)]
+        files.append({"keep": keep, "memory": ["memory.x" in tensors for tensors in left]})
+
+    return removing
+
+
+GENERATIVE_STOPPER = """
+import os
+from generative import GenerativeReplayCL
+
+class Stopper(GenerativeReplayCL):
+    def extra_loss(self, trainer):  # so that every step has a gradient, whatever the rewards
+        extra = super().extra_loss(trainer)
+        penalty = sum(p.square().sum() for p in trainer.model.parameters())
+        return penalty if extra is None else extra + penalty
+
+    def post_step_hook(self, trainer, domain):
+        super().post_step_hook(trainer, domain)
+        step = os.environ.get("STOP_AT")
+        if step and trainer.step == int(step) and not (trainer.run / "stopped").exists():
+            (trainer.run / "stopped").write_text("")
+            os.kill(os.getpid(), 15)
+"""
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_generative_replay_survives_a_stop(step, tmp_path, monkeypatch, capsys):
+    (tmp_path / "stopper.py").write_text(GENERATIVE_STOPPER)
+    flags = ["--cl_algorithm", f"{tmp_path / 'stopper.py'}:Stopper", "--window", "8", "--window_memory", "10"]
+    train.train(small_args(tmp_path, *flags, "--run_name", "whole"))
+    monkeypatch.setenv("STOP_AT", str(step))
+    with pytest.raises(train.Interrupted):
+        train.train(small_args(tmp_path, *flags, "--run_name", "stopped"))
+    last = tmp_path / "stopped" / "checkpoints" / "LAST"
+    with monkeypatch.context() as patch:
+        for path in {*last.glob("*.safetensors")} - {last / "model.safetensors"}:
+            saved = path.read_bytes()
+            path.unlink()
+            assert "damaged" in fail(patch, capsys, "--resume", str(tmp_path / "stopped"))
+            path.write_bytes(bytes(len(saved)))
+            assert "damaged" in fail(patch, capsys, "--resume", str(tmp_path / "stopped"))
+            path.write_bytes(saved)
+    assert (last / "algorithm_teacher.safetensors").exists() == (step == 2)
+    train.train(Args(resume=str(tmp_path / "stopped")))
+    for a, b in zip(*(comparable(tmp_path / name) for name in ("whole", "stopped")), strict=True):
+        assert a == b
+
+
 # ------------------------------------------------------------------------------------------ joint training
 
 
@@ -671,8 +789,8 @@ def never_stopped(tmp_path_factory):
 
 def comparable(run):
     """Everything of a finished run that must not depend on its having been stopped."""
-    seconds = {"seconds", "rollout_seconds", "score_seconds", "update_seconds", "tokens_per_second"}
-    metrics = [{k: v for k, v in r.items() if k not in seconds} for r in evaluation.read_jsonl(run / "metrics.jsonl")]
+    records = evaluation.read_jsonl(run / "metrics.jsonl")
+    metrics = [{k: v for k, v in r.items() if not k.endswith(("seconds", "per_second"))} for r in records]
     trajectories = [
         {k: v for k, v in r.items() if k != "time"} for r in evaluation.read_jsonl(run / "trajectories.jsonl")
     ]
@@ -894,6 +1012,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
         ("--clone_coef -1", "clone_coef"),
         ("--lr_decay 0", "lr_decay"),
         ("--lr_decay 1.01", "lr_decay"),
+        ("--cl_algorithm generative_replay --window 1", "window must be at least 2, got 1"),
+        ("--cl_algorithm generative_replay --replay_weight 0", "replay_weight"),
         ("--replay_ratio 1.0", "replay_ratio"),
         ("--replay_ratio -0.1", "replay_ratio"),
         ("--max_tasks_per_domain 0", "max_tasks"),
