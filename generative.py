@@ -15,6 +15,7 @@ import gzip
 import math
 import struct
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,15 +95,32 @@ def _one_hot(condition, num_conditions, like) -> Tensor:
     return F.one_hot(condition, num_conditions).to(like)
 
 
+def gaussian_mixture(z, components) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights (components,), means and standard deviations (components, d)) of a mixture of Gaussians with diagonal
+    covariances that is fitted to z (N, d) by EM; where there are not ten points for each, only so many have a weight."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    fitted = max(1, min(components, len(z) // 10))
+    seed = int(torch.randint(2**31, ()))  # so that torch.manual_seed decides
+    mixture = GaussianMixture(fitted, covariance_type="diag", reg_covar=1e-3, random_state=seed)
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        mixture.fit(z.repeat(2, 1).double().cpu().numpy())  # twice: it wants two points at least
+    found = (mixture.weights_, mixture.means_, np.sqrt(mixture.covariances_))
+    empty = (z.new_zeros(components), z.new_zeros(components, z.shape[1]), z.new_ones(components, z.shape[1]))
+    for whole, values in zip(empty, found, strict=True):
+        whole[:fitted] = torch.from_numpy(values)
+    return empty
+
+
 class VAE(nn.Module):
     """A variational autoencoder of inputs in [0, 1]; with `num_conditions`, of what each condition (a class, a domain)
-    looks like (Sohn et al. 2015)."""
+    looks like (Sohn et al. 2015); with `components`, of a prior with so many Gaussians per condition, see `fit_prior`."""
 
-    def __init__(self, input_dim, hidden_dims=(256, 128), latent_dim=32, dropout=0.1, num_conditions=0):
+    def __init__(self, input_dim, hidden_dims=(256, 128), latent_dim=32, dropout=0.1, num_conditions=0, components=0):
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
-        self.latent_dim, self.num_conditions, self.shape = latent_dim, num_conditions, (input_dim,)
+        self._set_latent(latent_dim, num_conditions, components)
+        self.shape = (input_dim,)
         width, layers = input_dim + num_conditions, []
         for hidden in hidden_dims:
             layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
@@ -115,6 +133,16 @@ class VAE(nn.Module):
             width = hidden
         self.decoder = nn.Sequential(*layers, nn.Linear(width, input_dim))
 
+    def _set_latent(self, latent_dim, num_conditions, components):
+        for name, value, least in (("latent_dim", latent_dim, 1), ("components", components, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.latent_dim, self.num_conditions, self.components = latent_dim, num_conditions, components
+        rows, columns = max(1, num_conditions), max(1, components)
+        self.register_buffer("prior_weight", torch.ones(rows, columns))
+        self.register_buffer("prior_mean", torch.zeros(rows, columns, latent_dim))
+        self.register_buffer("prior_std", torch.ones(rows, columns, latent_dim))
+
     def encode(self, x, condition=None) -> tuple[Tensor, Tensor]:
         h = self.encoder(torch.cat([x, _one_hot(condition, self.num_conditions, x)], 1))
         return self.mu(h), self.logvar(h)
@@ -122,29 +150,53 @@ class VAE(nn.Module):
     def decode(self, z, condition=None) -> Tensor:
         return torch.sigmoid(self.decoder(torch.cat([z, _one_hot(condition, self.num_conditions, z)], 1)))
 
-    def forward(self, x, condition=None):
-        """(reconstruction, mu, logvar) of x (B, input_dim), condition (B,) of integers: one draw of z by
-        reparametrisation, z = mu + exp(logvar / 2) * noise."""
+    def latent(self, x, condition=None):
+        """(z, mu, logvar) of x (B, input_dim), condition (B,) of integers: one draw of z by reparametrisation,
+        z = mu + exp(logvar / 2) * noise."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"inputs must have the shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
         mu, logvar = self.encode(x, condition)
-        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu), mu, logvar
+
+    def forward(self, x, condition=None):
+        """(reconstruction, mu, logvar) of x."""
+        z, mu, logvar = self.latent(x, condition)
         return self.decode(z, condition), mu, logvar
 
     @torch.no_grad()
     def generate(self, num_samples, device=None, condition=None) -> Tensor:
         """Samples of the prior, decoded to their means, (num_samples, input_dim); without dropout."""
         device = device or self.mu.weight.device
-        training, z = self.training, torch.randn(num_samples, self.latent_dim, device=device)
+        noise = torch.randn(num_samples, self.latent_dim, device=device)
+        row = torch.zeros(num_samples, dtype=torch.long, device=device) if condition is None else condition
+        chosen = self.prior_weight[row].multinomial(1)[:, 0]
+        training, z = self.training, self.prior_mean[row, chosen] + self.prior_std[row, chosen] * noise
         x = self.eval().decode(z, condition)
         self.train(training)
         return x
+
+    @torch.no_grad()
+    def fit_prior(self, batches):
+        """Fits the prior of each condition to the latents of `batches` of (x, condition): N(0, 1) until then, a mixture
+        of Gaussians afterwards (Ghosh et al. 2020, arXiv:1903.12436, section 4). A generator that has not been trained
+        for long decodes what it was shown, and little of what lies between."""
+        if not self.components:
+            return
+        training = self.training
+        self.eval()
+        latents, conditions = zip(*((self.latent(*batch)[0], batch[1]) for batch in batches), strict=True)
+        self.train(training)
+        z = torch.cat(latents)
+        rows = torch.cat(conditions) if self.num_conditions else torch.zeros(len(z), dtype=torch.long)
+        for row in rows.unique():
+            prior = gaussian_mixture(z[rows == row], self.components)
+            self.prior_weight[row], self.prior_mean[row], self.prior_std[row] = prior
 
     def loss(self, x, condition=None) -> Tensor:
         return elbo_loss(x, *self(x, condition))
 
     def optimizers(self, learning_rate) -> list:
-        return [torch.optim.Adam(self.parameters(), learning_rate)]
+        return [torch.optim.Adam(self.parameters(), learning_rate, fused=True)]
 
     def learn(self, optimizers, parts) -> float:
         """One update on `parts`: (weight, x, condition) of the current and of the generated batch. Returns the loss."""
@@ -159,15 +211,14 @@ class ConvVAE(VAE):
     """The same with convolutions, for images of `image_shape` (channels, height, width), both a multiple of 4. Samples
     are flat, as those of `VAE`."""
 
-    def __init__(self, image_shape, channels=(32, 64), latent_dim=32, num_conditions=0):
+    def __init__(self, image_shape, channels=(32, 64), latent_dim=32, num_conditions=0, components=0):
         nn.Module.__init__(self)
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+        self._set_latent(latent_dim, num_conditions, components)
         if len(image_shape) != 3 or image_shape[1] % 4 or image_shape[2] % 4:
             raise ValueError(f"image_shape must be (channels, height, width), these multiples of 4; got {image_shape}")
         depth, height, width = image_shape
         first, second = channels
-        self.latent_dim, self.num_conditions, self.shape = latent_dim, num_conditions, (math.prod(image_shape),)
+        self.shape = (math.prod(image_shape),)
         small = (second, height // 4, width // 4)
         down = {"kernel_size": 4, "stride": 2, "padding": 1}
         self.encoder = nn.Sequential(
@@ -201,8 +252,10 @@ class TokenVAE(VAE):
     them at most), so that neither size nor time depends on the policy's vocabulary or width; 0 is the end of a window
     shorter than the others. `used`: so many of the numbers are taken; others cannot be generated."""
 
-    def __init__(self, vocabulary, window=32, width=32, hidden_dims=(256,), latent_dim=32, num_conditions=0):
-        super().__init__(window * width, hidden_dims, latent_dim, 0.0, num_conditions)
+    def __init__(
+        self, vocabulary, window=32, width=32, hidden_dims=(256,), latent_dim=32, num_conditions=0, components=0
+    ):
+        super().__init__(window * width, hidden_dims, latent_dim, 0.0, num_conditions, components)
         self.shape = (window,)
         self.embedding = nn.Embedding(vocabulary, width)
         self.register_buffer("used", torch.tensor(1))
@@ -210,19 +263,29 @@ class TokenVAE(VAE):
     def encode(self, x, condition=None):
         return super().encode(self.embedding(x).flatten(1), condition)
 
+    def states(self, z, condition=None) -> Tensor:
+        """What is read as a token at each place, (B, window, width)."""
+        h = self.decoder(torch.cat([z, _one_hot(condition, self.num_conditions, z)], 1))
+        return h.unflatten(1, (self.shape[0], -1))
+
+    def logits(self, states) -> Tensor:
+        return states @ self.embedding.weight[: self.used].T
+
     def decode(self, z, condition=None) -> Tensor:
         """Logits (B, window, used)."""
-        h = self.decoder(torch.cat([z, _one_hot(condition, self.num_conditions, z)], 1))
-        return h.unflatten(1, (self.shape[0], -1)) @ self.embedding.weight[: self.used].T
+        return self.logits(self.states(z, condition))
 
     def generate(self, num_samples, device=None, condition=None) -> Tensor:
         """The likeliest token at each place, (num_samples, window)."""
         return super().generate(num_samples, device, condition).argmax(-1)
 
     def loss(self, x, condition=None):
-        """The negative ELBO of a categorical likelihood: cross-entropy summed over the window, + the latents' KL."""
-        logits, mu, logvar = self(x, condition)
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum")
+        """The negative ELBO of a categorical likelihood: cross-entropy summed over the window up to its end, that
+        included, + the latents' KL."""
+        z, mu, logvar = self.latent(x, condition)
+        counts = F.pad((x != 0).cumprod(1)[:, :-1], (1, 0), value=1).bool()
+        logits = self.logits(self.states(z, condition)[counts])
+        cross_entropy = F.cross_entropy(logits, x[counts], reduction="sum")
         return (cross_entropy + latent_kl(mu, logvar)) / len(x)
 
 
@@ -253,6 +316,9 @@ class WGAN(nn.Module):
 
     def judge(self, x, condition=None):
         return self.critic(torch.cat([x, _one_hot(condition, self.num_conditions, x)], 1))[:, 0]
+
+    def fit_prior(self, batches):
+        """A GAN does not say which latents its data have."""
 
     def invent(self, condition, number, device):
         return self.decode(torch.randn(number, self.latent_dim, device=device), condition)
@@ -296,7 +362,7 @@ def make_generator(kind, input_dim, image_shape=None, num_conditions=0, **sizes)
     if kind == "conv":
         if image_shape is None or math.prod(image_shape) != input_dim:
             raise ValueError(f"image_shape {image_shape} does not fit inputs of {input_dim} values")
-        return ConvVAE(image_shape, latent_dim=sizes["latent_dim"], num_conditions=num_conditions)
+        return ConvVAE(image_shape, num_conditions=num_conditions, **sizes)
     return {"vae": VAE, "gan": WGAN}[kind](input_dim, num_conditions=num_conditions, **sizes)
 
 
@@ -340,7 +406,9 @@ class Rehearsal:
 
     def remembered(self, number):
         """(x, condition) of the current task, from the memory."""
-        items = [self.memory.items[i] for i in sample(self.memory, number, rng=self.rng)]
+        return self.batch([self.memory.items[i] for i in sample(self.memory, number, rng=self.rng)])
+
+    def batch(self, items):
         x = torch.stack([x for x, _ in items]).to(self.device)
         return x, None if items[0][1] is None else torch.tensor([c for _, c in items], device=self.device)
 
@@ -353,8 +421,18 @@ class Rehearsal:
             parts.append((old, *(replayed or self.generated(number))))
         return self.generator.learn(self.generator_optimizers, parts)
 
+    def learnt(self, size=64):
+        """Batches (x, condition) of what the generator has learnt: the memory, and as much for each earlier task."""
+        items = self.memory.items
+        for first in range(0, len(items), size):
+            yield self.batch(items[first : first + size])
+        for first in range(0, len(items) * self.tasks_done, size):
+            yield self.generated(min(size, len(items) * self.tasks_done - first))
+
     def end_task(self):
         """Freezes the generator as what earlier tasks are replayed from, and drops all that was stored of this one."""
+        if self.memory.items:
+            self.generator.fit_prior(self.learnt())
         self.old_conditions = self.conditions
         self.old_generator = frozen(self.generator)
         self.memory = Buffer(self.memory.capacity)
@@ -363,6 +441,16 @@ class Rehearsal:
     @property
     def device(self):
         return next(self.generator.parameters()).device
+
+    def to(self, device):
+        """Moves both generators and the optimisers' moments; the memory stays on the CPU."""
+        if device == self.device:
+            return
+        self.generator.to(device)
+        if self.old_generator is not None:
+            self.old_generator.to(device)
+        for optimizer in self.generator_optimizers:
+            optimizer.load_state_dict(optimizer.state_dict())  # to where the parameters are
 
     def state_dict(self) -> dict:
         """What a resumed run needs, as JSON, beside `tensors`."""
@@ -508,7 +596,7 @@ class GenerativeReplayCL(CLAlgorithm):
 
     stores_trajectories = True
     keeps_no_data = True
-    BATCH = 32
+    BATCH = 16
 
     def __init__(
         self,
@@ -517,9 +605,10 @@ class GenerativeReplayCL(CLAlgorithm):
         window=256,
         window_batch=32,
         window_memory=500,
-        generator_updates=10,
+        generator_updates=6,
         generator_vocabulary=8192,
         generator_latent_dim=32,
+        generator_components=10,
         generator_learning_rate=2e-3,
         seed=0,
     ):
@@ -538,6 +627,7 @@ class GenerativeReplayCL(CLAlgorithm):
                 window,
                 latent_dim=generator_latent_dim,
                 num_conditions=len(task_order),
+                components=generator_components,
             )
         self.rehearsal = Rehearsal(generator, window_memory, generator_learning_rate, np.random.default_rng([seed, 2]))
         self.symbols = [0]  # what the generator's numbers stand for, 2 token + sampled; the first is the end
@@ -550,7 +640,7 @@ class GenerativeReplayCL(CLAlgorithm):
     def extra_loss(self, trainer):
         if self.teacher is None or self.rehearsal.old_conditions == 0:  # the first domain, or none had conversations
             return None
-        self.to(trainer.model.device)
+        self.rehearsal.to(trainer.model.device)
         number = math.ceil(self.window_batch / grpo.world_size())  # as many on all ranks: a pass is one of all
         self.draws += 1
         with grpo.seeded(self.rehearsal.device, self.seed, 1, self.draws, grpo.rank()):
@@ -566,7 +656,7 @@ class GenerativeReplayCL(CLAlgorithm):
 
     def post_step_hook(self, trainer, domain):
         """Offers the step's conversations to the memory and teaches the generator."""
-        self.to(trainer.model.device)
+        self.rehearsal.to(trainer.model.device)
         conversations = [
             [2 * token + (turn >= 0) for token, turn in zip(item["token_ids"], item["turns"], strict=True)]
             for item, _ in trainer.finished
@@ -587,10 +677,14 @@ class GenerativeReplayCL(CLAlgorithm):
         """The end of the domain: what it leaves is the generator and the frozen policy."""
         raw = sum(4 * int((window != 0).sum()) for window, _ in self.rehearsal.memory.items)
         self.history.setdefault(domain, {})["raw bytes"] = raw
+        self.draws += 1
+        with grpo.seeded(self.rehearsal.device, self.seed, 3, self.draws):
+            self.rehearsal.end_task()
         if grpo.world_size() > 1:  # what differed between ranks in the last digit
-            for p in self.rehearsal.generator.parameters():
-                torch.distributed.broadcast(p.data, 0)
-        self.rehearsal.end_task()
+            kept = self.rehearsal.old_generator.state_dict()
+            for value in kept.values():
+                torch.distributed.broadcast(value, 0)
+            self.rehearsal.generator.load_state_dict(kept)
         self.teacher = grpo.snapshot(trainer.model)
 
     def number(self, conversations):
@@ -612,10 +706,12 @@ class GenerativeReplayCL(CLAlgorithm):
         return pieces
 
     def as_tokens(self, windows):
-        """(token ids, attention mask, which the policy is to sample), each (B, window), of the generator's numbers;
-        behind the end of a window nothing counts."""
-        symbols = torch.tensor(self.symbols, device=windows.device)[windows]
+        """(token ids, attention mask, which the policy is to sample), each (B, length of the longest window), of the
+        generator's numbers; behind the end of a window nothing counts."""
         mask = (windows != 0).cumprod(1)
+        longest = max(1, int(mask.sum(1).max()))
+        windows, mask = windows[:, :longest], mask[:, :longest]
+        symbols = torch.tensor(self.symbols, device=windows.device)[windows]
         return symbols // 2 * mask, mask, symbols % 2 * mask
 
     def count(self, domain, name, value):
@@ -623,11 +719,6 @@ class GenerativeReplayCL(CLAlgorithm):
         total = self.history.setdefault(domain, {}).setdefault(name, [0.0, 0])
         total[0] += value
         total[1] += 1
-
-    def to(self, device):
-        for generator in (self.rehearsal.generator, self.rehearsal.old_generator):
-            if generator is not None:
-                generator.to(device)
 
     def get_statistics(self):
         means = {
@@ -648,7 +739,7 @@ class GenerativeReplayCL(CLAlgorithm):
         """Bytes of what is kept of the domains that have ended."""
         generator, teacher = self.rehearsal.old_generator, self.teacher
         return {
-            "generator": sum(p.nbytes for p in generator.parameters()) if generator is not None else 0,
+            "generator": sum(t.nbytes for t in generator.state_dict().values()) if generator is not None else 0,
             "frozen policy": sum(p.nbytes for p in teacher) if teacher is not None else 0,
         }
 
@@ -751,13 +842,14 @@ class LwF(GenerativeReplay):
         return {"solver": loss.item()}
 
 
-# (class, type of generator, targets, conditional) of the arms that have a teacher.
+# (class, type of generator, targets, conditional) of the arms that have a teacher; "mixture": with `fit_prior`.
 REHEARSALS = {
     "unrehearsed": (Unrehearsed, "vae", "soft", False),
     "hard": (GenerativeReplay, "vae", "hard", False),
     "soft": (GenerativeReplay, "vae", "soft", False),
     "conditional_hard": (GenerativeReplay, "vae", "hard", True),
     "conditional_soft": (GenerativeReplay, "vae", "soft", True),
+    "mixture": (GenerativeReplay, "vae", "soft", True),
     "conv": (GenerativeReplay, "conv", "soft", True),
     "gan": (GenerativeReplay, "gan", "soft", True),
     "lwf": (LwF, "vae", "soft", False),
@@ -794,6 +886,8 @@ class Args:
     """units in the generator's hidden layer"""
     latent_dim: int = 16
     """of the generator"""
+    prior_components: int = 10
+    """mixture: Gaussians per class of the prior that is fitted when a task ends"""
     learning_rate: float = 1e-3
     """of the solver (Adam)"""
     generator_learning_rate: float = 1e-3
@@ -873,6 +967,8 @@ def run_arm(args: Args, scenario, arm, seed) -> dict:
         sizes = {"latent_dim": args.latent_dim}
         if generator_type != "conv":
             sizes["hidden_dims"] = (args.generator_hidden,)
+        if arm == "mixture":
+            sizes["components"] = args.prior_components
         if generator_type == "vae":
             sizes["dropout"] = 0.0
         generator = make_generator(generator_type, x.shape[1], shape, 10 if conditional else 0, **sizes)
@@ -1020,7 +1116,7 @@ def plot_results(args: Args, found, output):
 def check_args(args: Args):
     """Raises ValueError for settings that cannot work."""
     positive = "iterations batch_size solver_hidden generator_hidden latent_dim learning_rate generator_learning_rate"
-    for name in f"{positive} generator_update_freq temperature buffer_size".split():
+    for name in f"{positive} generator_update_freq temperature buffer_size prior_components".split():
         if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"{name} must be greater than 0, got {getattr(args, name)}")
     for name, known in (("arms", ARMS), ("scenarios", SCENARIOS)):

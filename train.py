@@ -183,12 +183,14 @@ class Args:
     """generative_replay: generated windows per optimiser step"""
     window_memory: int = 500
     """generative_replay: windows of the current domain that the generator learns from"""
-    generator_updates: int = 10
+    generator_updates: int = 6
     """generative_replay: updates of the generator after each GRPO step"""
     generator_vocabulary: int = 8192
     """generative_replay: distinct tokens that the generator has room for"""
     generator_latent_dim: int = 32
     """generative_replay: of the generator"""
+    generator_components: int = 10
+    """generative_replay: Gaussians of the prior that is fitted for each domain when one ends (0: N(0, 1))"""
     generator_learning_rate: float = 2e-3
     """generative_replay: of the generator (Adam)"""
 

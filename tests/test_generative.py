@@ -147,6 +147,76 @@ def test_a_generator_learns_its_data_by_condition(kind):
     assert ((left > right) == (torch.arange(100) % 2 == 0)).float().mean() > 0.95
 
 
+def as_latents(monkeypatch, generator, number, condition=None):
+    """What `generate` decodes."""
+    monkeypatch.setattr(type(generator), "decode", lambda self, z, condition: z)
+    return generator.generate(number, condition=condition)
+
+
+def test_before_any_fit_the_prior_is_standard_normal(monkeypatch):
+    torch.manual_seed(0)
+    z = as_latents(monkeypatch, VAE(64, (32,), 3, components=4), 20000)
+    assert z.mean(0).abs().max() < 0.03 and (z.std(0) - 1).abs().max() < 0.03
+
+
+def test_a_mixture_is_found_again():
+    torch.manual_seed(0)
+    centre = torch.tensor([[-4.0, 0.0], [4.0, 4.0]])
+    which = torch.arange(4000) % 4 // 3  # a quarter in the second
+    weights, means, stds = generative.gaussian_mixture(
+        centre[which] + torch.tensor([0.5, 1.5]) * torch.randn(4000, 2), 2
+    )
+    order = weights.argsort(descending=True)
+    assert torch.allclose(weights[order], torch.tensor([0.75, 0.25]), atol=0.01)
+    assert torch.allclose(means[order], centre, atol=0.15)
+    assert torch.allclose(stds[order], torch.tensor([0.5, 1.5]).expand(2, 2), atol=0.1)
+
+
+@pytest.mark.parametrize("points, fitted", [(1, 1), (9, 1), (39, 3), (100, 4)])
+def test_no_gaussian_is_fitted_to_fewer_than_ten_points(points, fitted):
+    weights, means, stds = generative.gaussian_mixture(torch.randn(points, 3), 4)
+    assert weights.shape == (4,) and means.shape == stds.shape == (4, 3)
+    assert (weights > 0).sum() == fitted and weights.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_samples_have_the_law_of_the_latents_of_their_condition(monkeypatch):
+    """Mean and covariance of what is decoded, per condition, against those of what `fit_prior` was shown."""
+    torch.manual_seed(0)
+    generator = VAE(64, (32,), 2, dropout=0.9, num_conditions=3, components=6)
+    shown = {0: torch.randn(6000, 2) + 3, 2: torch.cat([torch.randn(3000, 2) - 5, 0.2 * torch.randn(3000, 2) + 5])}
+    monkeypatch.setattr(
+        VAE, "latent", lambda self, x, condition: (x, None, None) if not self.training else pytest.fail("with dropout")
+    )
+    generator.fit_prior(
+        (z[part], torch.full((3000,), c)) for c, z in shown.items() for part in (slice(3000), slice(3000, None))
+    )
+    assert generator.training
+    for c, z in shown.items():
+        made = as_latents(monkeypatch, generator, 20000, torch.full((20000,), c))
+        assert (made.mean(0) - z.mean(0)).abs().max() < 0.15
+        assert (made.T.cov() - z.T.cov()).abs().max() < 0.05 * z.T.cov().abs().max() + 0.05
+    other = as_latents(monkeypatch, generator, 20000, torch.ones(20000, dtype=torch.long))
+    assert other.mean(0).abs().max() < 0.05 and (other.std(0) - 1).abs().max() < 0.05  # was not shown: as before
+    copied = VAE(64, (32,), 2, num_conditions=3, components=6)
+    copied.load_state_dict(generator.state_dict())
+    torch.manual_seed(1)
+    made = as_latents(monkeypatch, generator, 5, torch.full((5,), 2))
+    torch.manual_seed(1)
+    assert torch.equal(as_latents(monkeypatch, copied, 5, torch.full((5,), 2)), made)
+
+
+def test_the_prior_is_fitted_to_as_much_of_each_task():
+    """At a task's end, before what was stored of it is dropped; of earlier tasks, to what the old generator makes."""
+    replayer = rehearsal(conditions=6, components=2)
+    fitted = []
+    replayer.generator.fit_prior = lambda batches: fitted.append(list(batches))
+    learn(replayer, 0, 1, 2, conditional=True)
+    for n, batches in enumerate(fitted, 1):
+        x, condition = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        assert torch.bincount(condition, minlength=6).tolist() == [10] * 2 * n + [0] * (6 - 2 * n)
+        assert torch.allclose(x[:20].sum(0), task(n - 1)[0].sum(0))
+
+
 def test_the_parts_of_a_generators_loss_are_weighted():
     """A part of weight 0 changes nothing; two halves of the same batch are the whole."""
     x, steps = torch.rand(8, 64), []
@@ -183,12 +253,12 @@ def test_bad_input_is_named(call, message):
 # ------------------------------------------------------------------------------------------ the rehearsal
 
 
-def rehearsal(conditions=0, scenario="class", **settings):
+def rehearsal(conditions=0, scenario="class", components=0, **settings):
     torch.manual_seed(0)
     heads = Heads(scenario, 3, 2)
     solver = nn.Sequential(nn.Linear(64, 16), nn.Dropout(0.5), nn.Linear(16, heads.outputs))
     settings = {"generator_update_freq": 1, "batch_size": 8, **settings}
-    return GenerativeReplay(solver, VAE(64, (16,), 4, 0.1, conditions), heads, **settings)
+    return GenerativeReplay(solver, VAE(64, (16,), 4, 0.1, conditions, components), heads, **settings)
 
 
 def task(k, n=20):
@@ -288,7 +358,7 @@ def holds(root, samples):
 
 
 def test_no_raw_sample_of_a_finished_task_is_kept():
-    replayer = rehearsal(conditions=6)
+    replayer = rehearsal(conditions=6, components=10)
     x, y = task(0)
     replayer.begin_task(x, y)
     replayer.step(x[:8], y[:8])
@@ -565,9 +635,9 @@ def average(arm):
 
 def test_the_order_of_the_arms():
     """One seed, with room between them: the README has five, with intervals."""
-    scores = {arm: average(arm) for arm in ("naive", "unrehearsed", "soft", "conditional_soft", "joint")}
+    scores = {arm: average(arm) for arm in ("naive", "unrehearsed", "soft", "conditional_soft", "mixture", "joint")}
     assert scores["naive"] < 0.25 < scores["unrehearsed"] < 0.6 < scores["soft"] < 0.85
-    assert 0.88 < scores["conditional_soft"] < scores["joint"] and scores["joint"] > 0.93
+    assert 0.88 < scores["conditional_soft"] < scores["mixture"] < scores["joint"] and scores["joint"] > 0.93
 
 
 def write_idx(path, array):
