@@ -12,6 +12,7 @@ To change what is generated, write a class with the methods of `VAE`; how it is 
 
 import copy
 import gzip
+import itertools
 import math
 import struct
 import time
@@ -97,7 +98,7 @@ def _one_hot(condition, num_conditions, like) -> Tensor:
 
 def gaussian_mixture(z, components) -> tuple[Tensor, Tensor, Tensor]:
     """(weights (components,), means and standard deviations (components, d)) of a mixture of Gaussians with diagonal
-    covariances that is fitted to z (N, d) by EM; where there are not ten points for each, only so many have a weight."""
+    covariances, fitted to z (N, d) by EM; where there are not ten points for each, only so many have a weight."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
@@ -115,7 +116,7 @@ def gaussian_mixture(z, components) -> tuple[Tensor, Tensor, Tensor]:
 
 class VAE(nn.Module):
     """A variational autoencoder of inputs in [0, 1]; with `num_conditions`, of what each condition (a class, a domain)
-    looks like (Sohn et al. 2015); with `components`, of a prior with so many Gaussians per condition, see `fit_prior`."""
+    looks like (Sohn et al. 2015); with `components`, a prior of so many Gaussians per condition, see `fit_prior`."""
 
     def __init__(self, input_dim, hidden_dims=(256, 128), latent_dim=32, dropout=0.1, num_conditions=0, components=0):
         super().__init__()
@@ -379,7 +380,7 @@ class Rehearsal:
     earlier ones from its own frozen copy. There is no setting without the second part."""
 
     def __init__(self, generator, memory_size=500, learning_rate=1e-3, rng=None):
-        self.generator = generator
+        self.generator, self.learning_rate = generator, learning_rate
         self.generator_optimizers = generator.optimizers(learning_rate)
         self.memory = Buffer(memory_size)
         self.old_generator = None  # frozen at the end of the previous task
@@ -449,8 +450,9 @@ class Rehearsal:
         self.generator.to(device)
         if self.old_generator is not None:
             self.old_generator.to(device)
-        for optimizer in self.generator_optimizers:
-            optimizer.load_state_dict(optimizer.state_dict())  # to where the parameters are
+        before, self.generator_optimizers = self.generator_optimizers, self.generator.optimizers(self.learning_rate)
+        for old, new in zip(before, self.generator_optimizers, strict=True):
+            new.load_state_dict(old.state_dict())  # moves the moments to where the parameters are
 
     def state_dict(self) -> dict:
         """What a resumed run needs, as JSON, beside `tensors`."""
@@ -686,6 +688,22 @@ class GenerativeReplayCL(CLAlgorithm):
                 torch.distributed.broadcast(value, 0)
             self.rehearsal.generator.load_state_dict(kept)
         self.teacher = grpo.snapshot(trainer.model)
+        if grpo.rank() == 0:
+            (trainer.run / f"generated_after_{domain}.txt").write_text(self.show_windows(trainer.tokenizer))
+
+    def show_windows(self, tokenizer, number=3) -> str:
+        """Generated windows, `number` of each domain that has ended; what the policy is to sample stands in << >>."""
+        shown = []
+        for k in range(self.rehearsal.old_conditions):
+            condition = torch.full((number,), k, device=self.rehearsal.device)
+            with grpo.seeded(self.rehearsal.device, self.seed, 4, k):
+                windows = self.rehearsal.old_generator.generate(number, condition=condition)
+            for ids, mask, sampled in zip(*(part.tolist() for part in self.as_tokens(windows)), strict=True):
+                counted = list(zip(ids, sampled, strict=True))[: sum(mask)]
+                pieces = itertools.groupby(counted, key=lambda pair: pair[1])
+                texts = ((acts, tokenizer.decode([token for token, _ in piece])) for acts, piece in pieces)
+                shown.append(f"[{self.order[k]}] " + "".join(f"<<{text}>>" if acts else text for acts, text in texts))
+        return "\n\n".join(shown) + "\n"
 
     def number(self, conversations):
         """Gives new symbols a number, in sorted order, so that the numbers do not tell which followed which."""

@@ -1244,9 +1244,9 @@ def run_stages(trainer: Trainer):
         state["R"].append([trainer.scores[d] for d in args.task_order])
         shown = "  ".join(f"{d} {score:.2f}" for d, score in trainer.scores.items())
         say(f"after {trainer.label}: {shown}")
+        trainer.algorithm.post_task_hook(trainer, domain)
         for name, value in trainer.algorithm.get_statistics().items():
             say(f"  {name}: {value}")
-        trainer.algorithm.post_task_hook(trainer, domain)
         trainer.reference = None
         state["domain_index"] += 1
         start_stage(trainer, "warmup")

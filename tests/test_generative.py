@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -447,6 +448,17 @@ def test_conversations_are_cut_into_windows_and_back():
     assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]] and sampled.tolist() == [[0, 0, 0, 0], [0, 1, 1, 0]]
 
 
+def test_generated_windows_can_be_read(monkeypatch):
+    algorithm = agent(generator_vocabulary=8)
+    algorithm.number([[100, 14, 61, 40]])  # tokens 7, 20, 30 (sampled), 50
+    algorithm.rehearsal.offer(torch.tensor([1, 2, 3, 4]), 1)
+    algorithm.rehearsal.end_task()
+    made = [torch.tensor([[4, 3, 3, 1], [2, 0, 4, 4]]), torch.tensor([[3, 0, 0, 0], [0, 0, 0, 0]])]
+    monkeypatch.setattr(TokenVAE, "generate", lambda self, number, condition: made[condition[0]])
+    expected = "[airline] (50)<<(30)(30)>>(7)\n\n[airline] (20)\n\n[retail] <<(30)>>\n\n[retail] \n"
+    assert algorithm.show_windows(FakeTrainer(None)) == expected
+
+
 @pytest.fixture(scope="module")
 def policies():
     """A policy, and another one with the same tokenizer."""
@@ -461,6 +473,12 @@ class FakeTrainer:
         turns = [-1, 0, 0] * 10
         items = [{"domain": domain, "token_ids": ids, "turns": turns[: len(ids)]} for ids in conversations]
         self.finished = [(item, 0.0) for item in items]
+        self.run = Path(tempfile.mkdtemp())
+        self.tokenizer = self
+
+    @staticmethod
+    def decode(ids):
+        return "".join(f"({token})" for token in ids)
 
 
 def conversations(seed):
@@ -540,6 +558,8 @@ def test_the_generator_of_the_agent_is_rehearsed_and_keeps_no_conversation(polic
 
     assert kept(windows) >= 20
     algorithm.post_task_hook(trainer, "airline")
+    shown = (trainer.run / "generated_after_airline.txt").read_text()
+    assert shown.count("[airline]") == 3 and "[retail]" not in shown
     assert kept(windows) == 0
     taught = []
     learn = algorithm.rehearsal.generator.learn
@@ -558,6 +578,18 @@ def test_the_generator_of_the_agent_is_rehearsed_and_keeps_no_conversation(polic
     assert statistics["bytes of the windows dropped"] == 2 * 20 * 4 * 4
     assert statistics["bytes kept"]["frozen policy"] == sum(p.nbytes for p in policies[0].parameters())
     assert algorithm.bytes_kept() == sum(statistics["bytes kept"].values()) > 0
+
+
+def test_generators_and_moments_move_together(policies):
+    """As after a resumed run's load, on the CPU; "meta" stands for a GPU."""
+    algorithm = trained_agent(policies)
+    rehearsal = algorithm.rehearsal
+    rehearsal.to(torch.device("meta"))
+    moments = [
+        m for state in rehearsal.generator_optimizers[0].state.values() for m in (state["exp_avg"], state["step"])
+    ]
+    tensors = [*rehearsal.generator.state_dict().values(), *rehearsal.old_generator.state_dict().values(), *moments]
+    assert len(moments) > 10 and all(t.device.type == "meta" for t in tensors)
 
 
 def test_the_agents_generator_comes_back_from_a_checkpoint(policies, tmp_path):

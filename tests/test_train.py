@@ -672,6 +672,13 @@ def test_generative_replay_keeps_no_conversation_of_a_finished_domain(tmp_path):
     assert summary["bytes_kept"] == sum(statistics["bytes kept"].values())
     steps = [r for r in evaluation.read_jsonl(tmp_path / "r" / "metrics.jsonl") if r["kind"] == "step"]
     assert ["extra_loss" in r for r in steps] == [False] * 2 + [True] * 4
+    shown = [(tmp_path / "r" / f"generated_after_{d}.txt").read_text() for d in ("airline", "telecom", "retail")]
+    assert [[text.count(f"[{d}]") for d in ("airline", "telecom", "retail")] for text in shown] == [
+        [3, 0, 0],
+        [3, 3, 0],
+        [3, 3, 3],
+    ]
+    assert all("<<" in text for text in shown)
 
 
 def recorder(remove, files):
