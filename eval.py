@@ -9,6 +9,7 @@ Data flow: model + tasks -> episodes -> rewards -> one row of R -> cl_metrics ->
 import datetime
 import json
 import math
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -97,14 +98,14 @@ class StopRun(RuntimeError):
 
 
 def score_and_record(episode, trajectory) -> dict:
-    """Sets the trajectory's reward, and returns all there is to say of the conversation, as JSON. Where environment or
-    evaluator failed, the trajectory is invalid and its reward None."""
-    parts = {}
+    """Sets the trajectory's reward and the episode's `reward_info`, and returns all there is to say of the
+    conversation, as JSON. Where environment or evaluator failed, the trajectory is invalid and its reward None."""
+    parts, episode.reward_info = {}, None
     if trajectory.valid:
         try:
-            reward_info = oracle.score(episode)
-            trajectory.reward = reward_info.reward
-            parts = {part.value: value for part, value in (reward_info.reward_breakdown or {}).items()}
+            episode.reward_info = oracle.score(episode)
+            trajectory.reward = episode.reward_info.reward
+            parts = oracle.reward_parts(episode.task, episode.reward_info)
         except Exception as error:  # named in the record, and counted
             trajectory.valid, trajectory.error = False, f"{type(error).__name__}: {error}"
     return {
@@ -147,65 +148,104 @@ def evaluate_tasks(
     max_invalid_share=0.5,
     at_once=256,
     label="evaluate",
+    known=(),
     on_records=None,
-    on_finish=None,
+    on_record=None,
     **sampling,
 ) -> dict:
     """{domain: metrics} for the given tasks, `at_once` conversations at a time on each rank; all ranks get it.
-    `sampling`: arguments of grpo.rollout; `on_records`: called with the list of all conversations' records;
-    `on_finish(n)`: called on each rank when one of its conversations ends, and may raise to stop.
-    Invalid episodes (environment errors) are counted and left out; StopRun above `max_invalid_share` of them.
-
-    metrics: reward_mean, reward_std (over episodes), pass_rate, pass_hat_1 ... pass_hat_<num_trials>, tool_accuracy
-    (share of gold actions taken), do_nothing_rate (the floor), turns, truncated, invalid, tasks, trials, user.
+    `sampling`: arguments of grpo.rollout; `known`: records of trials that need not be played; `on_records`: called with
+    the list of all conversations' records; `on_record(record, episode)`: called on each rank when one of its
+    conversations ends, and may raise to stop. Invalid episodes (environment errors) are counted and left out; StopRun
+    above `max_invalid_share` of them. The metrics are those of `measure`, and trials and user.
     """
     if num_trials < 1:
         raise ValueError(f"num_trials must be at least 1, got {num_trials}")
-    jobs = [(domain, i) for domain, tasks in tasks_by_domain.items() for i in range(len(tasks))] * num_trials
-    mine = jobs[grpo.rank() :: grpo.world_size()]
-    generator = grpo.seeded_generator(model.device, seed, grpo.rank())
+    jobs = [
+        (domain, task, trial)
+        for trial in range(num_trials)
+        for domain, tasks in tasks_by_domain.items()
+        for task in tasks
+    ]
+    done = {(r["domain"], r["task_id"], r["trial"]) for r in known}
+    todo = [(domain, task, trial) for domain, task, trial in jobs if (domain, task.id, trial) not in done]
+    generator = grpo.seeded_generator(model.device, seed, grpo.rank(), *([len(done)] if done else []))
     records = []
-    with tqdm(total=len(mine), desc=label, leave=False, disable=grpo.rank() > 0) as bar:
-
-        def count(finished):
-            bar.update(finished)
-            if on_finish is not None:
-                on_finish(finished)
-
+    with tqdm(
+        total=len(todo[grpo.rank() :: grpo.world_size()]), desc=label, leave=False, disable=grpo.rank() > 0
+    ) as bar:
         stride = at_once * grpo.world_size()
-        for begin in range(0, len(jobs), stride):  # as often on every rank: sharded models are gathered each time
-            batch = jobs[begin : begin + stride][grpo.rank() :: grpo.world_size()]
-            episodes = [oracle.Episode(d, tasks_by_domain[d][i], user, max_turns) for d, i in batch]
-            played = grpo.rollout(model, tokenizer, episodes, generator=generator, on_finish=count, **sampling)
-            records += [score_and_record(e, t) for e, t in zip(episodes, played, strict=True)]
+        for begin in range(0, len(todo), stride):  # as often on every rank: sharded models are gathered each time
+            batch = todo[begin : begin + stride][grpo.rank() :: grpo.world_size()]
+            episodes = [oracle.Episode(domain, task, user, max_turns) for domain, task, _ in batch]
+            trials = {id(episode): trial for episode, (_, _, trial) in zip(episodes, batch, strict=True)}
+
+            def finish(episode, trajectory, trials=trials):
+                records.append({**score_and_record(episode, trajectory), "trial": trials[id(episode)]})
+                bar.update()
+                if on_record is not None:
+                    on_record(records[-1], episode)
+
+            grpo.rollout(model, tokenizer, episodes, generator=generator, on_finish=finish, **sampling)
     records = [record for part in grpo.all_gather_json(records) for record in part]
+    wanted = {(domain, task.id, trial) for domain, task, trial in jobs}
+    records += [record for record in known if (record["domain"], record["task_id"], record["trial"]) in wanted]
     stop_if_invalid(records, max_invalid_share)
     if on_records is not None:
         on_records(records)
-    metrics = {}
-    for domain, tasks in tasks_by_domain.items():
-        here = [r for r in records if r["domain"] == domain]
-        valid = [r for r in here if r["reward"] is not None]
-        rewards = [r["reward"] for r in valid]
-        tools = [r["tool_accuracy"] for r in valid if r["tool_accuracy"] is not None]
-        passed = [[r["reward"] >= PASS for r in valid if r["task_id"] == task.id] for task in tasks]
-        metrics[domain] = {
-            "reward_mean": float(np.mean(rewards)) if rewards else 0.0,
-            "reward_std": float(np.std(rewards)) if rewards else 0.0,
-            "pass_rate": float(np.mean([r >= PASS for r in rewards])) if rewards else 0.0,
-            "tool_accuracy": float(np.mean(tools)) if tools else 0.0,
-            "do_nothing_rate": oracle.do_nothing_reward(domain, tasks),
-            "turns": float(np.mean([r["turns"] for r in here])),
-            "truncated": float(np.mean([r["truncated"] for r in here])),
-            "invalid": len(here) - len(valid),
-            "tasks": len(tasks),
-            "trials": num_trials,
-            "user": user,
-        }
-        for k in range(1, num_trials + 1):
-            values = [pass_hat_k(sum(p), len(p), k) for p in passed if len(p) >= k]
-            metrics[domain][f"pass_hat_{k}"] = float(np.mean(values)) if values else 0.0
+    about = {"trials": num_trials, "user": user}
+    return {
+        domain: {**measure([r for r in records if r["domain"] == domain], domain, tasks, num_trials), **about}
+        for domain, tasks in tasks_by_domain.items()
+    }
+
+
+def measure(records, domain, tasks, num_trials) -> dict:
+    """Metrics of one domain's records: reward_mean, reward_low and reward_high (95%, `bootstrap`), reward_std (over
+    episodes), pass_rate, pass_hat_1 ... pass_hat_<num_trials>, tool_accuracy (share of gold actions taken), turns,
+    truncated, invalid (a number), tasks, reward_parts (the mean of each), and what doing nothing scores:
+    do_nothing_rate, do_nothing_parts. Invalid episodes count in turns, truncated and invalid only."""
+    valid = [r for r in records if r["reward"] is not None]
+    rewards = [r["reward"] for r in valid]
+    by_task = [[r["reward"] for r in valid if r["task_id"] == task.id] for task in tasks]
+    by_task = [found for found in by_task if found]
+    tools = [r["tool_accuracy"] for r in valid if r["tool_accuracy"] is not None]
+    low, high = bootstrap([np.mean(found) for found in by_task])
+
+    def mean(values):
+        return float(np.mean(values)) if len(values) else 0.0
+
+    metrics = {
+        "reward_mean": mean(rewards),
+        "reward_low": low,
+        "reward_high": high,
+        "reward_std": float(np.std(rewards)) if rewards else 0.0,
+        "pass_rate": mean([r >= PASS for r in rewards]),
+        "tool_accuracy": mean(tools),
+        "do_nothing_rate": oracle.do_nothing_reward(domain, tasks),
+        "turns": mean([r["turns"] for r in records]),
+        "truncated": mean([r["truncated"] for r in records]),
+        "invalid": len(records) - len(valid),
+        "tasks": len(tasks),
+        "reward_parts": oracle.mean_parts([r["reward_parts"] for r in valid]),
+        "do_nothing_parts": oracle.do_nothing_parts(domain, tasks),
+    }
+    for k in range(1, num_trials + 1):
+        values = [pass_hat_k(sum(r >= PASS for r in found), len(found), k) for found in by_task if len(found) >= k]
+        metrics[f"pass_hat_{k}"] = mean(values)
     return metrics
+
+
+def bootstrap(*strata, resamples=10_000, seed=0) -> tuple[float, float]:
+    """95% interval of the mean of values (one per task) by the percentile bootstrap (Efron 1979); of several strata
+    (one per domain), of the mean of their means. (0, 0) without values."""
+    strata = [np.asarray(values, dtype=float) for values in strata if len(values)]
+    if not strata:
+        return 0.0, 0.0
+    rng = np.random.default_rng(seed)
+    means = [v[rng.integers(len(v), size=(resamples, len(v)))].mean(1) for v in strata]
+    low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def evaluate(model, tokenizer, domain, split="test", max_tasks=None, **kwargs) -> dict:
@@ -449,7 +489,10 @@ class Args:
     seed: int = 0
     """of the sampling"""
     output: str | None = None
-    """also write the metrics to this JSON file"""
+    """directory for conversations, metrics and tau2's results; trials found there are not repeated; default:
+    runs/evaluation_MODEL_SPLIT_USER"""
+    at_once: int = 256
+    """conversations at a time on each rank"""
     compare: list[str] = field(default_factory=list)
     """print a Markdown table of these finished runs instead"""
 
@@ -460,6 +503,196 @@ def _run_config(model_name_or_path) -> dict:
     return json.loads(path.read_text()) if path.is_file() and Path(model_name_or_path).is_dir() else {}
 
 
+def evaluation_settings(args: Args) -> tuple[dict, dict]:
+    """(what decides the outcome of a trial, as JSON; tasks by domain). ValueError for what cannot be measured."""
+    if args.model_name_or_path is None:
+        raise ValueError("name a model with --model_name_or_path, or runs with --compare")
+    if not args.domains or len(set(args.domains)) != len(args.domains):
+        raise ValueError(f"domains must name each domain once, got {args.domains}")
+    for name in ("num_trials", "at_once"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+    config = _run_config(args.model_name_or_path)
+    usual = {"temperature": 0.7, "max_new_tokens": 2048, "max_turns": 30, "model_dtype": "bfloat16"}
+    given = {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
+    limits = ("max_context", "max_user_tokens", "max_tool_tokens")
+    settings = {
+        "model": args.model_name_or_path,
+        "split": args.split or config.get("eval_split", "test"),
+        "user": args.user,
+        **{name: given.get(name, config.get(name, value)) for name, value in usual.items()},
+        **{name: config.get(name) for name in limits},
+        "seed": args.seed,
+        **oracle.data_version(),
+    }
+    tasks = {}
+    for domain in args.domains:
+        chosen = config.get("eval_tasks", {}).get(domain) if (args.split or args.max_tasks) is None else None
+        everything = oracle.load_tasks(domain, settings["split"], args.max_tasks)
+        tasks[domain] = [t for t in everything if t.id in chosen] if chosen else everything
+    return settings, tasks
+
+
+def read_trials(folder) -> list[dict]:
+    """The trials in a folder, each once; a line that a kill cut short is left out."""
+    found = {}
+    for path in sorted(folder.glob("trials*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            found[record["domain"], record["task_id"], record["trial"]] = record
+    return list(found.values())
+
+
+def merge_trials(folder) -> list[dict]:
+    """All ranks' trials in one file, trials.jsonl; a kill at any moment loses none."""
+    records = read_trials(folder)
+    temporary = folder / "trials.tmp"
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    temporary.replace(folder / "trials.jsonl")
+    for path in folder.glob("trials_*.jsonl"):
+        path.unlink()
+    return records
+
+
+def open_folder(folder, settings) -> list[dict]:
+    """Makes the folder, or takes it up where it was left. Returns the valid trials in it. Raises ValueError where they
+    were made with other settings."""
+    problem = grpo.all_gather_json(_wrong_folder(folder, settings) if grpo.rank() == 0 else None)[0]
+    if problem is not None:
+        raise ValueError(f"{problem}; choose another --output")
+    if grpo.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", settings)
+        merge_trials(folder)
+    grpo.barrier()
+    return [record for record in read_trials(folder) if record["reward"] is not None]
+
+
+def _wrong_folder(folder, settings) -> str | None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return f"{folder} is not empty and holds no evaluation" if folder.is_dir() and any(folder.iterdir()) else None
+    before = json.loads(path.read_text())
+    other = next((name for name in settings if before.get(name) != settings[name]), None)
+    return other and f"the trials in {folder} were made with {other} {before.get(other)}, not {settings[other]}"
+
+
+def write_json(path, value):
+    """Written aside and renamed: a kill leaves the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(path)
+
+
+def run_evaluation(args: Args):
+    """Plays what is missing, then writes metrics.json and tau2's results, and prints the table."""
+    settings, tasks = evaluation_settings(args)
+    device = grpo.init_distributed()
+    slug = re.sub(r"[^\w.-]+", "_", f"{args.model_name_or_path}_{settings['split']}_{args.user}")
+    folder = Path(args.output or f"runs/evaluation_{slug}")
+    model, tokenizer = grpo.load_policy(args.model_name_or_path, settings["model_dtype"], device)
+    known = open_folder(folder, settings)
+
+    def keep(record, episode):
+        simulation = oracle.simulation(episode, episode.reward_info, record["trial"], args.seed)
+        rest = {name: value for name, value in record.items() if name != "messages"}
+        with open(folder / f"trials_{grpo.rank()}.jsonl", "a") as lines:
+            lines.write(json.dumps({**rest, "simulation": simulation.model_dump(mode="json")}) + "\n")
+
+    not_passed = {"model", "split", "model_dtype", *oracle.data_version()}
+    metrics = evaluate_tasks(
+        model,
+        tokenizer,
+        tasks,
+        num_trials=args.num_trials,
+        at_once=args.at_once,
+        known=known,
+        on_record=keep,
+        **{name: value for name, value in settings.items() if name not in not_passed},
+    )
+    grpo.barrier()
+    if grpo.rank() > 0:
+        return
+    records = merge_trials(folder)
+    metrics = {**metrics, "overall": overall(metrics, records, tasks)}
+    write_json(folder / "metrics.json", {**settings, "num_trials": args.num_trials, "metrics": metrics})
+    for domain in tasks:
+        wanted = {task.id for task in tasks[domain]}
+        simulations = [
+            r["simulation"]
+            for r in records
+            if r["domain"] == domain
+            and r["task_id"] in wanted
+            and r["trial"] < args.num_trials
+            and r["reward"] is not None
+        ]
+        about = {"model": settings["model"], "user": args.user, "max_turns": settings["max_turns"], "seed": args.seed}
+        results = oracle.tau2_results(domain, tasks[domain], simulations, num_trials=args.num_trials, **about)
+        (folder / "tau2").mkdir(exist_ok=True)
+        results.save(folder / "tau2" / f"{domain}.json")
+    table = text_metrics(metrics)
+    (folder / "table.md").write_text(table + "\n")
+    print(
+        f"{settings['model']}, {settings['split']} split, {args.user} user, {settings['tau2']}\n\n{table}\n\n{folder}"
+    )
+
+
+def overall(metrics, records, tasks) -> dict:
+    """Means over the domains, each domain counting the same; the interval is over tasks within domains."""
+    names = [name for name, value in next(iter(metrics.values())).items() if isinstance(value, float)]
+    found = {name: float(np.mean([values[name] for values in metrics.values()])) for name in names}
+    by_task = []
+    for domain, chosen in tasks.items():
+        rewards = [
+            [
+                r["reward"]
+                for r in records
+                if (r["domain"], r["task_id"]) == (domain, task.id) and r["reward"] is not None
+            ]
+            for task in chosen
+        ]
+        by_task.append([np.mean(values) for values in rewards if values])
+    found["reward_low"], found["reward_high"] = bootstrap(*by_task)
+    return {**found, **{name: sum(values[name] for values in metrics.values()) for name in ("invalid", "tasks")}}
+
+
+def text_metrics(metrics) -> str:
+    """A Markdown table: a row per metric, a column per domain. In brackets, what doing nothing scores."""
+    parts = sorted({part for values in metrics.values() for part in values.get("reward_parts", {})})
+    trials = sorted(int(name.removeprefix("pass_hat_")) for name in metrics["overall"] if name.startswith("pass_hat_"))
+
+    def row(name, cell):
+        cells = [cell(values) for values in metrics.values()]
+        return [name, *cells]
+
+    def part_cell(part):
+        def cell(values):
+            if part not in values.get("reward_parts", {}):
+                return ""
+            return f"{values['reward_parts'][part]:.3f} ({values['do_nothing_parts'].get(part, 0):.3f})"
+
+        return cell
+
+    rows = [
+        row("reward (doing nothing)", lambda v: f"{v['reward_mean']:.3f} ({v['do_nothing_rate']:.3f})"),
+        row("95% interval", lambda v: f"{v['reward_low']:.3f} ... {v['reward_high']:.3f}"),
+        *[row(f"pass^{k}", lambda v, k=k: f"{v[f'pass_hat_{k}']:.3f}") for k in trials],
+        *[row(f"part {part}", part_cell(part)) for part in parts],
+        row("gold actions taken", lambda v: f"{v['tool_accuracy']:.3f}"),
+        row("turns", lambda v: f"{v['turns']:.1f}"),
+        row("truncated", lambda v: f"{v['truncated']:.3f}"),
+        row("invalid conversations", lambda v: f"{v['invalid']}"),
+        row("tasks", lambda v: f"{v['tasks']}"),
+    ]
+    rows = [["", *metrics], *rows]
+    widths = [max(len(cells[k]) for cells in rows) for k in range(len(rows[0]))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |" for cells in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
 def main():
     import tyro
 
@@ -467,52 +700,8 @@ def main():
     try:
         if args.compare:
             print(compare(args.compare))
-            return
-        if args.model_name_or_path is None:
-            raise ValueError("name a model with --model_name_or_path, or runs with --compare")
-        if not args.domains or len(set(args.domains)) != len(args.domains):
-            raise ValueError(f"domains must name each domain once, got {args.domains}")
-        if args.output and not Path(args.output).absolute().parent.is_dir():
-            raise ValueError(f"output {args.output}: there is no such directory")
-        config = _run_config(args.model_name_or_path)
-
-        def setting(name, otherwise):
-            given = getattr(args, name, None)
-            return given if given is not None else config.get(name, otherwise)
-
-        split = args.split or config.get("eval_split", "test")
-        tasks = {}
-        for domain in args.domains:
-            chosen = config.get("eval_tasks", {}).get(domain) if (args.split or args.max_tasks) is None else None
-            everything = oracle.load_tasks(domain, split, args.max_tasks)
-            tasks[domain] = [t for t in everything if t.id in chosen] if chosen else everything
-        device = grpo.init_distributed()
-        model, tokenizer = grpo.load_policy(args.model_name_or_path, setting("model_dtype", "bfloat16"), device)
-        metrics = evaluate_tasks(
-            model,
-            tokenizer,
-            tasks,
-            num_trials=args.num_trials,
-            user=args.user,
-            max_turns=setting("max_turns", 30),
-            seed=args.seed,
-            temperature=setting("temperature", 0.7),
-            max_new_tokens=setting("max_new_tokens", 2048),
-            max_context=config.get("max_context"),
-            max_user_tokens=config.get("max_user_tokens"),
-            max_tool_tokens=config.get("max_tool_tokens"),
-        )
-        if grpo.rank() > 0:
-            return
-        keys = ["reward_mean", "reward_std", *[f"pass_hat_{k + 1}" for k in range(args.num_trials)]]
-        keys += ["tool_accuracy", "do_nothing_rate", "turns", "invalid", "tasks"]
-        print(f"{args.model_name_or_path}, {split} split, {args.user} user, {oracle.data_version()['tau2']}")
-        print(f"{'':10s}" + "".join(f"{key:>16s}" for key in keys))
-        for domain, values in metrics.items():
-            print(f"{domain:10s}" + "".join(f"{values[key]:16.3f}" for key in keys))
-        if args.output:
-            record = {"model": args.model_name_or_path, "split": split, "seed": args.seed, **oracle.data_version()}
-            Path(args.output).write_text(json.dumps({**record, "metrics": metrics}, indent=1))
+        else:
+            run_evaluation(args)
     except (ValueError, OSError, StopRun) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -622,6 +622,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
 def all_gather_json(value) -> list:
     """Every rank's `value`, in the order of ranks. JSON, because dist.all_gather_object unpickles."""
     if world_size() == 1:
@@ -754,7 +759,7 @@ class _Conversation:
         self.trajectory.termination = termination
         self.trajectory.messages = self.episode.messages
         if self.on_finish is not None:
-            self.on_finish(1)
+            self.on_finish(self.episode, self.trajectory)
         return []
 
 
@@ -780,7 +785,7 @@ def rollout(
 
     max_new_tokens: sampled tokens a turn; max_context: tokens a conversation (None: the model's limit), at which it
     ends as "max_steps"; max_user_tokens, max_tool_tokens: tokens of one message to the policy, cut beyond.
-    generator: a torch.Generator on the model's device. on_finish(n): called when a conversation ends.
+    generator: a torch.Generator on the model's device. on_finish(episode, trajectory): called when one ends.
     engine: "padded" decodes all conversations in one batch, token by token; "paged" is transformers' continuous
     batching, where answers are read in one piece and common prefixes once; "auto": paged on a GPU, padded elsewhere
     (`python grpo.py` measures both). With a sharded model every rank must call, with episodes or without.

@@ -15,6 +15,7 @@ Differences from tau2, all of them for speed or safety; rewards are equal to tau
 """
 
 import copy
+import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -38,7 +39,17 @@ logger.disable("tau2")
 
 from tau2.agent.llm_agent import LLMAgent, LLMSoloAgent
 from tau2.data_model.message import AssistantMessage, SystemMessage, ToolCall, UserMessage
-from tau2.data_model.simulation import DBCheck, EnvAssertionCheck, RewardInfo, SimulationRun, TerminationReason
+from tau2.data_model.simulation import (
+    AgentInfo,
+    DBCheck,
+    EnvAssertionCheck,
+    Info,
+    Results,
+    RewardInfo,
+    SimulationRun,
+    TerminationReason,
+    UserInfo,
+)
 from tau2.data_model.tasks import RewardType, Task
 from tau2.environment.environment import Environment
 from tau2.environment.tool import as_tool
@@ -405,6 +416,11 @@ def strip_thinking(text: str | None) -> str:
     return text.rsplit("</think>", 1)[-1].strip().encode(errors="ignore").decode()
 
 
+def is_solo(domain, user) -> bool:
+    """Whether the agent has a ticket and both tool sets instead of a user."""
+    return user == "solo" or _template(domain, False).user_tools is not None
+
+
 class Episode:
     """One conversation in progress between an agent, an environment and a user.
 
@@ -422,7 +438,7 @@ class Episode:
         if user not in USERS and user != "solo":
             raise ValueError(f"unknown user {user!r}; choose one of {', '.join([*USERS, 'solo'])}")
         self.domain, self.task, self.max_turns = domain, task, max_turns
-        self.solo = user == "solo" or _template(domain, False).user_tools is not None
+        self.solo = is_solo(domain, user)
         if self.solo and not task.ticket:
             raise ValueError(f"task {task.id} of {domain} has no ticket, which solo mode needs")
         self.env = make_env(domain, task, self.solo)
@@ -434,6 +450,7 @@ class Episode:
         self.messages = copy.deepcopy(history or [])
         self.done, self.termination = False, ""
         self.turns = self.calls = self.failed_calls = self.errors = 0
+        self.started = self.ended = datetime.datetime.now()
         self._opened = False
 
     def opening(self) -> list[dict]:
@@ -536,6 +553,7 @@ class Episode:
     def stop(self, reason="max_steps"):
         """Ends the conversation from outside; `reason` is a tau2 TerminationReason."""
         self.done, self.termination = True, TerminationReason(reason).value
+        self.ended = datetime.datetime.now()
 
     def _end(self, reason):
         self.stop(reason)
@@ -576,17 +594,38 @@ def _agent_view(domain: str, solo: bool):
 # ---------------------------------------------------------------------------------------------- reward
 
 
-def simulation(episode: Episode) -> SimulationRun:
+def simulation(episode: Episode, reward_info=None, trial=0, seed=None) -> SimulationRun:
     """The finished episode in tau2's own format, as its evaluator and its command line read it."""
     return SimulationRun(
-        id=f"{episode.domain}-{episode.task.id}",
+        id=f"{episode.domain}-{episode.task.id}-{trial}",
         task_id=episode.task.id,
-        start_time="",
-        end_time="",
-        duration=0.0,
+        start_time=episode.started.isoformat(),
+        end_time=episode.ended.isoformat(),
+        duration=(episode.ended - episode.started).total_seconds(),
         termination_reason=TerminationReason(episode.termination),
-        messages=episode.messages,
+        agent_cost=0.0,
+        user_cost=0.0,
+        reward_info=reward_info,
+        messages=[m.model_copy(update={"turn_idx": i}) for i, m in enumerate(episode.messages)],
+        trial=trial,
+        seed=seed,
     )
+
+
+def tau2_results(domain, tasks, simulations, *, model, user, num_trials, max_turns, seed) -> Results:
+    """Simulations of one domain as tau2 writes them itself, so that its command line views and scores them."""
+    solo = is_solo(domain, user)
+    info = Info(
+        git_commit="; ".join(str(value) for value in data_version().values()),
+        num_trials=num_trials,
+        max_steps=max_turns,
+        max_errors=MAX_ERRORS,
+        user_info=UserInfo(implementation="dummy_user" if solo else "user_simulator", llm=f"rehearse {user}"),
+        agent_info=AgentInfo(implementation="llm_agent_solo" if solo else "llm_agent", llm=model),
+        environment_info=_template(domain, False).get_info(),
+        seed=seed,
+    )
+    return Results(info=info, tasks=tasks, simulations=simulations)
 
 
 def _environment_reward(episode: Episode) -> RewardInfo:
@@ -753,6 +792,24 @@ def do_nothing_rate(domain, split) -> float:
 def do_nothing_reward(domain, tasks) -> float:
     """The same for a list of tasks."""
     return statistics.fmean(score(_do_nothing(domain, task)).reward for task in tasks)
+
+
+def do_nothing_parts(domain, tasks) -> dict[str, float]:
+    """Mean of each part of the reward over the tasks that have it, for an agent that does nothing."""
+    return mean_parts([reward_parts(task, score(_do_nothing(domain, task))) for task in tasks])
+
+
+def reward_parts(task, reward_info) -> dict[str, float]:
+    """{part of the task's reward basis: its factor}; 0.0 where tau2 has not graded the conversation."""
+    basis = task.evaluation_criteria.reward_basis if task.evaluation_criteria is not None else []
+    graded = {part.value: value for part, value in (reward_info.reward_breakdown or {}).items()}
+    return {**dict.fromkeys((part.value for part in basis), 0.0), **graded}
+
+
+def mean_parts(rows) -> dict[str, float]:
+    """The mean of each key over the rows that have it."""
+    names = sorted({name for row in rows for name in row})
+    return {name: statistics.fmean(row[name] for row in rows if name in row) for name in names}
 
 
 def corpus(domain, tasks) -> list[str]:

@@ -679,7 +679,7 @@ def stop_with_batch(trainer, kept, norm):
     """Leaves this rank's batch for inspection and raises StopRun on all ranks."""
     path = trainer.run / f"not_finite_rank{grpo.rank()}.json"
     batch = [{**dataclasses.asdict(dataclasses.replace(t, messages=[])), "advantage": a} for t, a in kept]
-    write_json(path, {"global_step": trainer.step, "grad_norm": norm, "trajectories": batch})
+    evaluation.write_json(path, {"global_step": trainer.step, "grad_norm": norm, "trajectories": batch})
     raise StopRun(
         f"{MAX_SKIPPED} updates in a row had no finite loss or gradient (norm {norm}); the weights are from before "
         f"them, the last batch is in {path}"
@@ -788,7 +788,7 @@ def evaluate(trainer: Trainer, stage, domains) -> dict[str, float]:
         num_trials=max(1, args.eval_trials // 2) if look else args.eval_trials,
         max_invalid_share=args.max_invalid_share,
         on_records=record,
-        on_finish=trainer.signals.leave_evaluation,
+        on_record=trainer.signals.leave_evaluation,
         user=args.user,
         max_turns=args.max_turns,
         seed=trainer.generator(2 + ("check", "warmup", "baseline", "domain").index(stage)).initial_seed(),
@@ -823,13 +823,6 @@ def clock(trainer):
 def say(text):
     if grpo.rank() == 0:
         tqdm.write(text)
-
-
-def write_json(path, value):
-    """Written aside and renamed: a kill leaves the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
 
 
 def start_stage(trainer: Trainer, stage):
@@ -988,7 +981,7 @@ class Signals:
             save_checkpoint(trainer)
             raise Interrupted(number)
 
-    def leave_evaluation(self, finished):
+    def leave_evaluation(self, record, episode):
         if self.received:
             raise Interrupted(self.received)
 
@@ -1130,8 +1123,7 @@ def set_up(args: Args, device="cpu") -> Trainer:
         weights = grpo.gathered_weights(model)
         if grpo.rank() == 0:
             grpo.save_policy(model, tokenizer, run / "base", weights)
-        if grpo.world_size() > 1:
-            dist.barrier()
+        grpo.barrier()
         model, tokenizer = load((run / "base").resolve())
     trainer = Trainer(args, run, model, tokenizer, algorithm, train_tasks, eval_tasks, initial=initial)
     parameters = grpo.trained_parameters(model).values()
@@ -1183,9 +1175,8 @@ def new_run(args: Args, train_tasks, eval_tasks) -> Path:
         (run / "checkpoints").mkdir(parents=True)
         config = {**dataclasses.asdict(args), "run_name": name}
         config.update(train_tasks=task_ids(train_tasks), eval_tasks=task_ids(eval_tasks))
-        write_json(run / "config.json", config)
-    if grpo.world_size() > 1:
-        dist.barrier()
+        evaluation.write_json(run / "config.json", config)
+    grpo.barrier()
     return run
 
 
@@ -1317,7 +1308,7 @@ def train(args: Args) -> dict:
         trainer.signals.restore()
     summary = summarize(trainer)
     if grpo.rank() == 0:
-        write_json(trainer.run / "summary.json", summary)
+        evaluation.write_json(trainer.run / "summary.json", summary)
         evaluation.write_report(trainer.run)
     say("\n" + evaluation.text_matrix(summary) + "\n")
     say("  ".join(f"{name} {value:.2f}" for name, value in summary["metrics"].items() if value is not None))

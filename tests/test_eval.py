@@ -3,12 +3,22 @@
 import itertools
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
+from tau2.data_model.simulation import Results
+from tau2.metrics.agent_metrics import compute_metrics
 from tau2.metrics.agent_metrics import pass_hat_k as tau2_pass_hat_k
 
 import eval as evaluation
+import grpo
+import oracle
 from eval import cl_metrics, interval, pass_hat_k
 
 
@@ -113,3 +123,185 @@ def test_compare_counts_no_run_twice_and_names_damaged_ones(tmp_path):
 def test_compare_names_what_is_not_a_run(tmp_path):
     with pytest.raises(ValueError, match="not a finished run"):
         evaluation.compare([tmp_path])
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
+def test_bootstrap_is_the_percentile_interval_of_the_mean():
+    values = np.random.default_rng(0).normal(0.4, 0.2, 200)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=1).confidence_interval
+    assert evaluation.bootstrap(values) == pytest.approx(tuple(theirs), abs=2e-3)
+    normal = np.mean(values) + np.array([-1.96, 1.96]) * np.std(values) / math.sqrt(200)
+    assert evaluation.bootstrap(values) == pytest.approx(tuple(normal), abs=2e-3)
+    assert evaluation.bootstrap([0.5]) == (0.5, 0.5) and evaluation.bootstrap([]) == (0.0, 0.0)
+
+
+def test_bootstrap_of_several_domains_gives_each_the_same_weight():
+    low, high = evaluation.bootstrap([0.0] * 90, [1.0] * 10)
+    assert (low, high) == (0.5, 0.5)
+    values = np.random.default_rng(0).normal(0.5, 0.2, 100)
+    low, high = evaluation.bootstrap(values, values)  # the mean of two independent means
+    alone = np.subtract(*evaluation.bootstrap(values)[::-1])
+    assert high - low == pytest.approx(alone / math.sqrt(2), rel=0.05)
+
+
+def record(task, reward, **other):
+    usual = {"tool_accuracy": 0.5, "turns": 4, "truncated": False, "reward_parts": {"DB": reward, "COMMUNICATE": 1.0}}
+    return {"domain": "airline", "task_id": task.id, "reward": reward, **usual, **other}
+
+
+def test_metrics_of_records_by_hand():
+    tasks = oracle.load_tasks("airline", "test")[:3]
+    records = [record(tasks[0], r) for r in (1.0, 0.0, 1.0)]
+    records += [
+        record(tasks[1], 0.0, tool_accuracy=None),
+        record(tasks[1], 1.0, truncated=True, reward_parts={"DB": 0.5}),
+    ]
+    records += [record(tasks[2], None, turns=10, tool_accuracy=0.0, reward_parts={})]  # invalid
+    metrics = evaluation.measure(records, "airline", tasks, 3)
+    assert metrics["reward_mean"] == metrics["pass_rate"] == pytest.approx(3 / 5)
+    assert metrics["pass_hat_1"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert metrics["pass_hat_2"] == pytest.approx((1 / 3 + 0) / 2)
+    assert metrics["pass_hat_3"] == 0.0
+    assert metrics["tool_accuracy"] == 0.5
+    assert metrics["turns"] == 5 and metrics["truncated"] == pytest.approx(1 / 6) and metrics["invalid"] == 1
+    assert metrics["reward_parts"] == {"COMMUNICATE": 1.0, "DB": pytest.approx((2 + 0 + 0.5) / 5)}
+    assert metrics["tasks"] == 3 and metrics["do_nothing_rate"] == oracle.do_nothing_reward("airline", tasks)
+    low, high = evaluation.bootstrap([2 / 3, 1 / 2])
+    assert (metrics["reward_low"], metrics["reward_high"]) == (low, high)
+
+
+def test_parts_of_doing_nothing_multiply_to_its_reward():
+    for domain in oracle.DOMAINS:
+        for task in oracle.load_tasks(domain, "test")[:5]:
+            parts = oracle.do_nothing_parts(domain, [task])
+            assert set(parts) == {part.value for part in task.evaluation_criteria.reward_basis}
+            assert math.prod(parts.values()) == oracle.do_nothing_reward(domain, [task])
+
+
+def tiny(output, **settings):
+    usual = {"domains": ["airline", "telecom"], "max_tasks": 2, "max_turns": 3, "max_new_tokens": 8}
+    return evaluation.Args("tiny", model_dtype="float32", output=str(output), **{**usual, **settings})
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The embedded policy, untrained, measured twice a task, three conversations at a time."""
+    folder = tmp_path_factory.mktemp("measured") / "results"
+    evaluation.run_evaluation(tiny(folder, num_trials=2, at_once=3))
+    return folder
+
+
+def test_an_evaluation_writes_trials_metrics_and_table(measured):
+    trials = evaluation.read_trials(measured)
+    keys = {(r["domain"], r["task_id"], r["trial"]) for r in trials}
+    tasks = {domain: oracle.load_tasks(domain, "test", 2) for domain in ("airline", "telecom")}
+    assert keys == {(d, t.id, trial) for d, found in tasks.items() for t in found for trial in (0, 1)}
+    assert [path.name for path in sorted(measured.glob("trials*"))] == ["trials.jsonl"]
+    found = json.loads((measured / "metrics.json").read_text())
+    assert {"model", "split", "user", "seed", "temperature", "tau2", "tau2 tasks"} <= set(found)
+    metrics = found["metrics"]
+    for name in ("reward_mean", "pass_hat_2", "turns", "do_nothing_rate"):
+        assert metrics["overall"][name] == pytest.approx((metrics["airline"][name] + metrics["telecom"][name]) / 2)
+    assert metrics["overall"]["tasks"] == 4
+    table = (measured / "table.md").read_text().splitlines()
+    assert [cell.strip() for cell in table[0].split("|")[1:-1]] == ["", "airline", "telecom", "overall"]
+    assert len({len(line) for line in table}) == 1  # aligned
+
+
+def test_trials_that_are_done_are_not_repeated(measured, tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+    shutil.copytree(measured, folder)
+    lines = (folder / "trials.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 8
+    spoilt = json.loads(lines[2])
+    spoilt["reward"] = None  # an invalid one is played again
+    (folder / "trials.jsonl").write_text("".join([*lines[:2], json.dumps(spoilt) + "\n"]))
+    (folder / "trials_1.jsonl").write_text("".join(lines[3:5]) + lines[5][:100])  # another rank's, cut short by a kill
+    played = []
+    rollout = grpo.rollout
+    monkeypatch.setattr(
+        grpo, "rollout", lambda m, t, episodes, **k: played.extend(episodes) or rollout(m, t, episodes, **k)
+    )
+    evaluation.run_evaluation(tiny(folder, num_trials=2))
+    missing = [json.loads(lines[k]) for k in (2, 5, 6, 7)]
+    assert sorted(e.task.id for e in played) == sorted(r["task_id"] for r in missing)
+    kept = {(r["domain"], r["task_id"], r["trial"]): r for r in evaluation.read_trials(folder)}
+    assert len(kept) == 8
+    for line in [*lines[:2], *lines[3:5]]:
+        r = json.loads(line)
+        assert kept[r["domain"], r["task_id"], r["trial"]] == r
+    played.clear()
+    evaluation.run_evaluation(tiny(folder, num_trials=2))
+    evaluation.run_evaluation(tiny(folder, num_trials=1, domains=["airline"], max_tasks=1))
+    assert played == []  # less of the same is there, too
+    assert json.loads((folder / "metrics.json").read_text())["metrics"]["overall"]["tasks"] == 1
+
+
+def test_a_kill_between_two_conversations_loses_none(tmp_path, monkeypatch):
+    score = evaluation.score_and_record
+
+    def third_fails(episode, trajectory):
+        if len(evaluation.read_trials(tmp_path)) == 2:
+            raise KeyboardInterrupt
+        return score(episode, trajectory)
+
+    monkeypatch.setattr(evaluation, "score_and_record", third_fails)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.run_evaluation(tiny(tmp_path))
+    assert len(evaluation.read_trials(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"temperature": 0.5}, "made with temperature 0.7, not 0.5; choose another --output"),
+        ({"seed": 1}, "made with seed 0, not 1"),
+        ({"split": "train"}, "made with split test, not train"),
+    ],
+)
+def test_trials_made_otherwise_are_not_mixed(measured, other, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.run_evaluation(tiny(measured, **other))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty and holds no evaluation"):
+        evaluation.run_evaluation(tiny(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_tau2_reads_the_results_and_scores_them_the_same(measured, tmp_path):
+    """With its own command line: metrics and rewards computed anew from the conversations."""
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    folder = tmp_path / "tau2"
+    folder.mkdir()
+    for domain in ("airline", "telecom"):  # gold conversations beside the policy's
+        results = Results.load(measured / "tau2" / f"{domain}.json")
+        for task in results.tasks:
+            episode = oracle.demonstrate(domain, task)
+            results.simulations.append(oracle.simulation(episode, oracle.score(episode), 2))
+        results.info.num_trials = 3
+        results.save(folder / f"{domain}.json")
+    tau2 = str(Path(sys.executable).with_name("tau2"))
+    command = [tau2, "evaluate-trajs", str(folder), "-o", str(tmp_path / "scored")]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert shown.returncode == 0 and "All files processed successfully" in shown.stdout, shown.stdout
+    for domain in ("airline", "telecom"):
+        ours = Results.load(folder / f"{domain}.json")
+        theirs = Results.load(tmp_path / "scored" / f"updated_{domain}.json")
+        rewards = [s.reward_info.reward for s in ours.simulations]
+        assert rewards == [s.reward_info.reward for s in theirs.simulations]
+        assert 1.0 in rewards and 0.0 in rewards
+        records = [{"task_id": s.task_id, "reward": s.reward_info.reward} for s in ours.simulations]
+        rest = {"tool_accuracy": 0.0, "turns": 1, "truncated": False, "reward_parts": {}}
+        mine = evaluation.measure([{**r, **rest} for r in records], domain, ours.tasks, 3)
+        metrics = compute_metrics(theirs)
+        assert mine["reward_mean"] == pytest.approx(metrics.avg_reward)
+        assert {k: mine[f"pass_hat_{k}"] for k in (1, 2, 3)} == pytest.approx(metrics.pass_hat_ks)
+    command = [tau2, "view", "--file", str(folder / "telecom.json")]
+    answers = "1\n1\n3\n1\n\n5\n"  # select the only file, view the first conversation, no note, exit
+    shown = subprocess.run(command, env=environment, input=answers, capture_output=True, text=True, timeout=100)
+    assert shown.returncode == 0 and "Simulation Overview" in shown.stdout, shown.stdout + shown.stderr

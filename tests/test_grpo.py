@@ -821,10 +821,12 @@ def test_an_episode_that_is_over_before_it_begins_counts_as_finished(tiny):
     for engine in ("padded", "paged"):
         over = Chatter(1)
         over.stop("user_stop")
-        played = play(tiny, [over, Chatter(2, 1)], engine=engine, on_finish=counted.append)
+        chatter = Chatter(2, 1)
+        played = play(tiny, [over, chatter], engine=engine, on_finish=lambda *ended: counted.append(ended))
+        assert counted == [(over, played[0]), (chatter, played[1])]
+        counted.clear()
         assert [t.termination for t in played] == ["user_stop", "user_stop"]
         assert not any(played[0].action_mask)
-    assert counted == [1, 1, 1, 1]
 
 
 def test_thoughts_that_a_template_would_drop_stay_as_they_were_sampled(tiny):

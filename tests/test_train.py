@@ -182,7 +182,7 @@ def test_every_trajectory_and_step_is_recorded(finished):
 
 def test_a_checkpoint_is_a_model_that_eval_loads(finished, monkeypatch, capsys):
     run, _ = finished
-    output = run / "metrics_again.json"
+    output = run / "measured"
     monkeypatch.setattr(
         sys,
         "argv",
@@ -191,8 +191,8 @@ def test_a_checkpoint_is_a_model_that_eval_loads(finished, monkeypatch, capsys):
     sys.argv.extend(["--output", str(output)])
     evaluation.main()
     assert "train split" in capsys.readouterr().out
-    metrics = json.loads(output.read_text())["metrics"]
-    assert set(metrics) == {"airline", "telecom"}
+    metrics = json.loads((output / "metrics.json").read_text())["metrics"]
+    assert set(metrics) == {"airline", "telecom", "overall"}
     assert {"reward_mean", "reward_std", "pass_rate", "tool_accuracy", "pass_hat_2", "do_nothing_rate"} <= set(
         metrics["airline"]
     )
