@@ -6,11 +6,13 @@
 Data flow: model + tasks -> episodes -> rewards -> one row of R -> cl_metrics -> report.md and pictures.
 """
 
+import csv
 import datetime
 import json
 import math
 import re
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -399,64 +401,197 @@ def write_report(run):
 # ---------------------------------------------------------------------------------------- comparing runs
 
 
-def compare(runs) -> str:
-    """A Markdown table of runs grouped by configuration: mean and 95% interval over seeds of each metric, minutes,
-    time as a ratio to sequential, and kilobytes remembered. Runs that differ in more than seed and name are different
-    rows, named by the settings in which they differ from most."""
-    groups = {}
+@dataclass
+class Group:
+    """Finished runs that differ in seed only."""
+
+    name: str
+    summaries: dict[int, dict]  # by seed
+    folders: dict[int, Path]
+
+    @property
+    def algorithm(self):
+        return next(iter(self.summaries.values()))["cl_algorithm"]
+
+    def values(self, metric, seeds=None) -> list[float]:
+        """One of `cl_metrics`, minutes, or bytes_kept, of each run."""
+        chosen = [self.summaries[seed] for seed in (sorted(self.summaries) if seeds is None else seeds)]
+        return [s["metrics"][metric] if metric in s["metrics"] else s.get(metric, 0) for s in chosen]
+
+    def lifts(self) -> dict[str, float]:
+        """By domain, what GRPO added to the mean reward after the warm start, a mean over seeds."""
+        first = next(iter(self.summaries.values()))
+        return {
+            domain: float(np.mean([s["R"][i][i] - s["warm_start"][domain] for s in self.summaries.values()]))
+            for i, domain in enumerate(first["task_order"])
+            if domain in first["warm_start"]
+        }
+
+
+OF_A_RUN = ("cl_algorithm", "seed", "run_name", "resume", "runs_dir")  # settings that do not name a row
+
+
+def group_runs(runs) -> tuple[list[Group], str]:
+    """Runs grouped by configuration, named by the settings in which a group differs from most; and a line that says
+    what these are where they are not named. Raises ValueError for what is no finished run, or counts twice."""
+    found = {}
     for run in runs:
         path = Path(run) / "summary.json"
         if not path.is_file():
             raise ValueError(f"{run} is not a finished run: there is no {path}")
         try:
             summary = json.loads(path.read_text())
-            config = {k: v for k, v in summary["config"].items() if k not in ("seed", "run_name", "resume", "runs_dir")}
+            config = {k: v for k, v in summary["config"].items() if k == "cl_algorithm" or k not in OF_A_RUN}
             missing = {"R", "metrics", "task_order", "minutes", "warm_start", "cl_algorithm"} - set(summary)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
         if missing:
             raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
-        group = groups.setdefault(json.dumps(config, sort_keys=True), {})
+        group = found.setdefault(json.dumps(config, sort_keys=True), Group("", {}, {}))
         seed = summary["config"]["seed"]
-        if seed in group:
+        if seed in group.summaries:
             raise ValueError(f"{run} has the settings and the seed {seed} of another run: each counts once")
-        group[seed] = summary
-    groups = [list(group.values()) for group in groups.values()]
-    base = [g for g in groups if g[0]["cl_algorithm"] == "sequential"]
-    base_minutes = np.mean([s["minutes"] for s in base[0]]) if base else None
-    usual = {
-        key: Counter(json.dumps(g[0]["config"].get(key)) for g in groups).most_common(1)[0][0]
-        for key in groups[0][0]["config"]
-        if key not in ("cl_algorithm", "seed", "run_name", "resume", "runs_dir")
-    }
+        group.summaries[seed], group.folders[seed] = summary, Path(run)
+    configs = [next(iter(group.summaries.values()))["config"] for group in found.values()]
+    settings = {}  # the values of each, in the groups that have it: runs of an earlier version have fewer
+    for config in configs:
+        for key, value in config.items():
+            if key not in OF_A_RUN:
+                settings.setdefault(key, []).append(json.dumps(value))
+    usual = {key: Counter(values).most_common(1)[0][0] for key, values in settings.items()}
+    for group, config in zip(found.values(), configs, strict=True):
+        other = [key for key in config if key in usual and json.dumps(config[key]) != usual[key]]
+        group.name = ", ".join([group.algorithm, *[f"{key} {config[key]}" for key in other]])
+    varied = [f"{key} {json.loads(usual[key])}" for key, values in settings.items() if len(set(values)) > 1]
+    note = f"Where not named: {', '.join(varied)}." if varied else ""
+    return list(found.values()), note
+
+
+def compare(runs, output=None) -> str:
+    """Markdown tables of runs grouped by configuration: mean and 95% interval over seeds of each metric, minutes, time
+    as a ratio to sequential, and kilobytes remembered; below, what differs from sequential, run by run of the same
+    seed. With `output` (a directory), also comparison.md, comparison.csv (a row per run) and the pictures."""
+    groups, note = group_runs(runs)
+    base = next((group for group in groups if group.algorithm == "sequential"), None)
     names = ["algorithm", "seeds", "forgetting", "average", "backward transfer", "least lift by GRPO", "minutes"]
     names += ["time / seq.", "kept, kB"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-
-    def cell(values):
-        mean, half = interval(values)
-        return f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}"
-
     for group in groups:
-        config = group[0]["config"]
-        other = [key for key in usual if json.dumps(config.get(key)) != usual[key]]
-        name = ", ".join([group[0]["cl_algorithm"], *[f"{key} {config.get(key)}" for key in other]])
-        domains = [d for d in group[0]["task_order"] if d in group[0]["warm_start"]]
-        lifts = {
-            d: np.mean([s["R"][s["task_order"].index(d)][s["task_order"].index(d)] - s["warm_start"][d] for s in group])
-            for d in domains
-        }
+        lifts = group.lifts()
         least = min(lifts, key=lifts.get) if lifts else None
-        minutes = [s["minutes"] for s in group]
-        ratio = f"{np.mean(minutes) / base_minutes:.2f}" if base_minutes else ""
-        columns = [cell([s["metrics"][m] for s in group]) for m in ("forgetting", "average", "backward_transfer")]
-        columns += [f"{lifts[least]:+.2f} ({least})" if least else "", cell(minutes), ratio]
-        columns.append(f"{np.mean([s.get('bytes_kept', 0) for s in group]) / 1000:.1f}")
-        lines.append(f"| {name} | {len(group)} | " + " | ".join(columns) + " |")
-    varied = [key for key in usual if len({json.dumps(g[0]["config"].get(key)) for g in groups}) > 1]
-    if varied:
-        lines += ["", "Where not named: " + ", ".join(f"{key} {json.loads(usual[key])}" for key in varied) + "."]
-    return "\n".join(lines)
+        ratio = f"{np.mean(group.values('minutes')) / np.mean(base.values('minutes')):.2f}" if base else ""
+        columns = [_cell(group.values(metric)) for metric in ("forgetting", "average", "backward_transfer")]
+        columns += [f"{lifts[least]:+.2f} ({least})" if least else "", _cell(group.values("minutes")), ratio]
+        columns.append(f"{np.mean(group.values('bytes_kept')) / 1000:.1f}")
+        lines.append(f"| {group.name} | {len(group.summaries)} | " + " | ".join(columns) + " |")
+    if note:
+        lines += ["", note]
+    paired = {
+        group.name: sorted(set(group.summaries) & set(base.summaries)) for group in groups if base and group is not base
+    }
+    if any(paired.values()):
+        lines += ["", "| less sequential's, by seed | seeds | forgetting | average |", "|---|---|---|---|"]
+    for group in groups:
+        seeds = paired.get(group.name)
+        if seeds:
+            pairs = [np.subtract(group.values(m, seeds), base.values(m, seeds)) for m in ("forgetting", "average")]
+            lines.append(f"| {group.name} | {len(seeds)} | " + " | ".join(_cell(p, "+.2f") for p in pairs) + " |")
+    table = "\n".join(lines)
+    if output is not None:
+        output = Path(output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "comparison.md").write_text(table + "\n")
+        write_comparison_csv(groups, output / "comparison.csv")
+        plot_comparison(groups, base, output / "comparison.png")
+        plot_curves_over_seeds(groups, output / "learning_curves.png")
+    return table
+
+
+def _cell(values, form=".2f"):
+    mean, half = interval(values)
+    return f"{mean:{form}}" if math.isnan(half) else f"{mean:{form}} ± {half:.2f}"
+
+
+def write_comparison_csv(groups, path):
+    """A row per run: its group, seed, metrics, minutes, bytes kept, and R row by row."""
+    metrics = list(next(iter(groups[0].summaries.values()))["metrics"])
+    order = next(iter(groups[0].summaries.values()))["task_order"]
+    entries = [f"{domain} after {stage}" for stage in order for domain in order]
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["algorithm", "seed", *metrics, "minutes", "bytes_kept", *entries])
+        for group in groups:
+            for seed, s in sorted(group.summaries.items()):
+                cells = [s["metrics"].get(metric) for metric in metrics]
+                row = [value for values in s["R"] for value in values]
+                writer.writerow([group.name, seed, *cells, s["minutes"], s.get("bytes_kept", 0), *row])
+
+
+def plot_comparison(groups, base, path):
+    """Forgetting against time, means over seeds with their 95% intervals of forgetting; down and left is better."""
+    plt = _pyplot()
+    names = ["\n".join(textwrap.wrap(group.name, 40)) for group in groups]
+    height = 0.13 * sum(name.count("\n") + 1.4 for name in names) + 1.0
+    figure, axes = plt.subplots(figsize=(6.4, max(2.8, height)), layout="constrained")
+    minutes = np.mean(base.values("minutes")) if base else 1.0
+    for k, group in enumerate(groups):
+        mean, half = interval(group.values("forgetting"))
+        axes.errorbar(
+            np.mean(group.values("minutes")) / minutes,
+            mean,
+            None if math.isnan(half) else half,
+            fmt=MARKERS[k % 6],
+            color=COLOURS[k * 5 % 6],  # with the markers, 30 that differ
+            markerfacecolor=COLOURS[k * 5 % 6] if k // 6 % 2 == 0 else "white",
+            markersize=5,
+            capsize=2,
+            elinewidth=0.7,
+            label=names[k],
+        )
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set(xlabel="time / sequential's" if base else "minutes", ylabel="forgetting")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def plot_curves_over_seeds(groups, path):
+    """A panel per group: the mean over seeds of each domain's reward after each stage, with the range over seeds."""
+    plt = _pyplot()
+    columns = min(3, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    figure, panels = plt.subplots(
+        rows,
+        columns,
+        figsize=(2.4 * columns, 1.7 * rows + 0.5),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes in panels.flat[len(groups) :]:
+        axes.axis("off")
+    for axes, group in zip(panels.flat, groups, strict=False):
+        summaries = [group.summaries[seed] for seed in sorted(group.summaries)]
+        order = summaries[0]["task_order"]
+        scores = np.array([[[s["baseline"][d] for d in order], *s["R"]] for s in summaries])  # (seeds, stages + 1, T)
+        x = np.arange(scores.shape[1])
+        for k, domain in enumerate(order):
+            mean = scores[:, :, k].mean(0)
+            style = {"color": COLOURS[k % 6], "linestyle": DASHES[k % 6]}
+            axes.plot(x, mean, marker=MARKERS[k % 6], markersize=4, label=domain, **style)
+            axes.fill_between(x, scores[:, :, k].min(0), scores[:, :, k].max(0), color=COLOURS[k % 6], alpha=0.15, lw=0)
+        axes.set_title("\n".join(textwrap.wrap(group.name, 34)), fontsize=7)
+        axes.set(ylim=(-0.03, 1.03), xticks=x)
+        axes.set_xticklabels(["start", *[f"after {d}" for d in order]], rotation=30, ha="right", fontsize=6)
+        axes.tick_params(axis="y", labelsize=6)
+        axes.grid(alpha=0.3)
+    figure.supylabel("mean reward (band: all seeds)", fontsize=8)
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=7)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------- the script
@@ -489,12 +624,12 @@ class Args:
     seed: int = 0
     """of the sampling"""
     output: str | None = None
-    """directory for conversations, metrics and tau2's results; trials found there are not repeated; default:
-    runs/evaluation_MODEL_SPLIT_USER"""
+    """directory for conversations, metrics and tau2's results; trials found there are not repeated (default:
+    runs/evaluation_MODEL_SPLIT_USER). With --compare, for table and pictures (default: runs/comparison)"""
     at_once: int = 256
     """conversations at a time on each rank"""
     compare: list[str] = field(default_factory=list)
-    """print a Markdown table of these finished runs instead"""
+    """compare these finished runs instead: Markdown tables, CSV, pictures"""
 
 
 def _run_config(model_name_or_path) -> dict:
@@ -699,7 +834,8 @@ def main():
     args = tyro.cli(Args)
     try:
         if args.compare:
-            print(compare(args.compare))
+            output = args.output or "runs/comparison"
+            print(f"{compare(args.compare, output)}\n\n{output}/comparison.png, learning_curves.png, comparison.csv")
         else:
             run_evaluation(args)
     except (ValueError, OSError, StopRun) as error:

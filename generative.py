@@ -17,6 +17,7 @@ import math
 import struct
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,9 +56,7 @@ def elbo_loss(x, reconstruction, mu, logvar) -> Tensor:
 
     x, reconstruction: (B, ...) in [0, 1]; mu, logvar: (B, latent). Raises ValueError for inputs outside [0, 1] or NaN.
     """
-    if not (x.min() >= 0 and x.max() <= 1):  # false for NaN, too
-        found = x.flatten()[~((x.flatten() >= 0) & (x.flatten() <= 1))][0].item()
-        raise ValueError(f"inputs of a Bernoulli likelihood must be in [0, 1], got {found}")
+    check_inputs(x, reconstruction.shape[1:])
     reconstruction_loss = F.binary_cross_entropy(reconstruction, x, reduction="sum")
     return (reconstruction_loss + latent_kl(mu, logvar)) / len(x)
 
@@ -96,9 +95,20 @@ def _one_hot(condition, num_conditions, like) -> Tensor:
     return F.one_hot(condition, num_conditions).to(like)
 
 
+@contextmanager
+def evaluating(model):
+    """Inside, no unit is dropped."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def gaussian_mixture(z, components) -> tuple[Tensor, Tensor, Tensor]:
     """(weights (components,), means and standard deviations (components, d)) of a mixture of Gaussians with diagonal
-    covariances, fitted to z (N, d) by EM; where there are not ten points for each, only so many have a weight."""
+    covariances, fitted to z (N, d) by EM. At most one for every ten points has a weight."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
@@ -135,9 +145,10 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(*layers, nn.Linear(width, input_dim))
 
     def _set_latent(self, latent_dim, num_conditions, components):
-        for name, value, least in (("latent_dim", latent_dim, 1), ("components", components, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        least = {"latent_dim": (latent_dim, 1), "num_conditions": (num_conditions, 0), "components": (components, 0)}
+        for name, (value, lowest) in least.items():
+            if value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {value}")
         self.latent_dim, self.num_conditions, self.components = latent_dim, num_conditions, components
         rows, columns = max(1, num_conditions), max(1, components)
         self.register_buffer("prior_weight", torch.ones(rows, columns))
@@ -154,8 +165,7 @@ class VAE(nn.Module):
     def latent(self, x, condition=None):
         """(z, mu, logvar) of x (B, input_dim), condition (B,) of integers: one draw of z by reparametrisation,
         z = mu + exp(logvar / 2) * noise."""
-        if x.shape[1:] != self.shape:
-            raise ValueError(f"inputs must have the shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        check_shape(x, self.shape)
         mu, logvar = self.encode(x, condition)
         return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu), mu, logvar
 
@@ -169,12 +179,12 @@ class VAE(nn.Module):
         """Samples of the prior, decoded to their means, (num_samples, input_dim); without dropout."""
         device = device or self.mu.weight.device
         noise = torch.randn(num_samples, self.latent_dim, device=device)
-        row = torch.zeros(num_samples, dtype=torch.long, device=device) if condition is None else condition
+        row = condition if self.num_conditions else torch.zeros(num_samples, dtype=torch.long, device=device)
+        if row is None:
+            raise ValueError(f"this generator has {self.num_conditions} conditions: name one for each sample")
         chosen = self.prior_weight[row].multinomial(1)[:, 0]
-        training, z = self.training, self.prior_mean[row, chosen] + self.prior_std[row, chosen] * noise
-        x = self.eval().decode(z, condition)
-        self.train(training)
-        return x
+        with evaluating(self):
+            return self.decode(self.prior_mean[row, chosen] + self.prior_std[row, chosen] * noise, condition)
 
     @torch.no_grad()
     def fit_prior(self, batches):
@@ -183,10 +193,8 @@ class VAE(nn.Module):
         for long decodes what it was shown, and little of what lies between."""
         if not self.components:
             return
-        training = self.training
-        self.eval()
-        latents, conditions = zip(*((self.latent(*batch)[0], batch[1]) for batch in batches), strict=True)
-        self.train(training)
+        with evaluating(self):
+            latents, conditions = zip(*((self.latent(*batch)[0], batch[1]) for batch in batches), strict=True)
         z = torch.cat(latents)
         rows = torch.cat(conditions) if self.num_conditions else torch.zeros(len(z), dtype=torch.long)
         for row in rows.unique():
@@ -277,8 +285,9 @@ class TokenVAE(VAE):
         return self.logits(self.states(z, condition))
 
     def generate(self, num_samples, device=None, condition=None) -> Tensor:
-        """The likeliest token at each place, (num_samples, window)."""
-        return super().generate(num_samples, device, condition).argmax(-1)
+        """The likeliest token at each place, (num_samples, window); 0 from the end on."""
+        x = super().generate(num_samples, device, condition).argmax(-1)
+        return x * (x != 0).cumprod(1)
 
     def loss(self, x, condition=None):
         """The negative ELBO of a categorical likelihood: cross-entropy summed over the window up to its end, that
@@ -384,14 +393,14 @@ class Rehearsal:
         self.generator_optimizers = generator.optimizers(learning_rate)
         self.memory = Buffer(memory_size)
         self.old_generator = None  # frozen at the end of the previous task
-        self.conditions = self.old_conditions = 0  # 1 + the highest one seen, and what it was at that end
+        self.conditions, self.old_conditions = [], []  # those seen, and those seen at that end; in order
         self.tasks_done = 0
         self.rng = rng or np.random.default_rng(0)
 
     def offer(self, x, condition=None):
         """Offers a sample of the current task to the memory."""
         if condition is not None:
-            self.conditions = max(self.conditions, condition + 1)
+            self.conditions = sorted({*self.conditions, condition})
         add(self.memory, (x, condition), rng=self.rng)
 
     def generated(self, number) -> tuple[Tensor, Tensor | None]:
@@ -402,11 +411,13 @@ class Rehearsal:
         condition = None
         if self.old_generator.num_conditions:
             order = self.rng.permutation(self.old_conditions)
-            condition = torch.tensor([order[k % len(order)] for k in range(number)], device=self.device)
+            condition = torch.tensor(np.resize(order, number), device=self.device)
         return self.old_generator.generate(number, condition=condition), condition
 
     def remembered(self, number):
         """(x, condition) of the current task, from the memory."""
+        if not self.memory.items:
+            raise ValueError("there is no sample of the current task in the memory: offer some first")
         return self.batch([self.memory.items[i] for i in sample(self.memory, number, rng=self.rng)])
 
     def batch(self, items):
@@ -431,10 +442,15 @@ class Rehearsal:
             yield self.generated(min(size, len(items) * self.tasks_done - first))
 
     def end_task(self):
-        """Freezes the generator as what earlier tasks are replayed from, and drops all that was stored of this one."""
-        if self.memory.items:
-            self.generator.fit_prior(self.learnt())
-        self.old_conditions = self.conditions
+        """Freezes the generator as what earlier tasks are replayed from, and drops all that was stored of this one: the
+        memory, and gradients and moments, which may hold single samples. A task of which nothing was offered does not
+        count."""
+        if not self.memory.items:
+            return
+        self.generator.fit_prior(self.learnt())
+        self.generator.zero_grad(set_to_none=True)
+        self.generator_optimizers = self.generator.optimizers(self.learning_rate)
+        self.old_conditions = list(self.conditions)
         self.old_generator = frozen(self.generator)
         self.memory = Buffer(self.memory.capacity)
         self.tasks_done += 1
@@ -469,10 +485,11 @@ class Rehearsal:
         """Both generators, the optimisers' moments and the memory (with integers as conditions), on the CPU."""
         found = {f"generator.{name}": value for name, value in self.generator.state_dict().items()}
         if self.old_generator is not None:
-            found.update({f"old_generator.{name}": value for name, value in self.old_generator.state_dict().items()})
+            old = self.old_generator.state_dict()
+            if any(not torch.equal(value, found[f"generator.{name}"]) for name, value in old.items()):
+                found.update({f"old_generator.{name}": value for name, value in old.items()})
         for k, optimizer in enumerate(self.generator_optimizers):
-            for i, moments in optimizer.state_dict()["state"].items():
-                found.update({f"optimizer.{k}.{i}.{name}": value for name, value in moments.items()})
+            found.update(_moments(f"optimizer.{k}", optimizer))
         if self.memory.items:
             x, conditions = zip(*self.memory.items, strict=True)
             found.update({"memory.x": torch.stack(x), "memory.order": torch.tensor(self.memory.order)})
@@ -481,27 +498,62 @@ class Rehearsal:
         return {name: value.cpu().contiguous() for name, value in found.items()}
 
     def load_tensors(self, found):
-        """The inverse of `tensors`, after `load_state_dict`. Raises KeyError or RuntimeError for what is not whole."""
-
-        def part(name):
-            return {key.removeprefix(name): value for key, value in found.items() if key.startswith(name)}
-
-        self.generator.load_state_dict(part("generator."))
+        """The inverse of `tensors`, after `load_state_dict`. Raises ValueError for what is not whole."""
+        if ("memory.x" in found) != (self.memory.seen > 0):
+            raise ValueError(f"{self.memory.seen} samples were offered, but it has no memory.x")
+        _load_module(self.generator, found, "generator.")
         if self.tasks_done > 0:
             self.old_generator = frozen(self.generator)
-            self.old_generator.load_state_dict(part("old_generator."))
+            if _part(found, "old_generator."):  # else it is equal
+                _load_module(self.old_generator, found, "old_generator.")
         for k, optimizer in enumerate(self.generator_optimizers):
-            saved = optimizer.state_dict()
-            for key, value in part(f"optimizer.{k}.").items():
-                i, name = key.split(".")
-                saved["state"].setdefault(int(i), {})[name] = value
-            optimizer.load_state_dict(saved)
+            _load_moments(f"optimizer.{k}", optimizer, found)
         if "memory.x" in found:
             x, order = found["memory.x"], found["memory.order"].tolist()
             conditions = found["memory.condition"].tolist() if "memory.condition" in found else [None] * len(x)
             rows = list(zip(x, conditions, strict=True))
             rest = ([None] * len(x), [0.0] * len(x), [0.0] * len(x), order)
             self.memory = Buffer(self.memory.capacity, rows, *rest, seen=self.memory.seen)
+
+
+def _part(found, prefix) -> dict:
+    return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+
+
+def _load_module(module, found, prefix):
+    """ValueError names what is missing or does not fit."""
+    values, expected = _part(found, prefix), module.state_dict()
+    wrong = [k for k, value in expected.items() if k not in values or values[k].shape != value.shape]
+    if wrong:
+        raise ValueError(f"it has no {prefix}{wrong[0]} of the shape {tuple(expected[wrong[0]].shape)}")
+    module.load_state_dict(values)
+
+
+def _moments(prefix, optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}.{i}.{name}": value.cpu() for i, moments in state.items() for name, value in moments.items()}
+
+
+def _load_moments(prefix, optimizer, found):
+    saved = optimizer.state_dict()
+    saved["state"] = {}
+    for key, value in _part(found, f"{prefix}.").items():
+        i, name = key.split(".")
+        saved["state"].setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict(saved)
+
+
+def check_shape(x, shape):
+    if tuple(x.shape[1:]) != tuple(shape):
+        raise ValueError(f"inputs must have the shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+
+
+def check_inputs(x, shape):
+    """Raises ValueError where x is not a batch (N, *shape) of values in [0, 1]; NaN is not."""
+    check_shape(x, shape)
+    if not (x.min() >= 0 and x.max() <= 1):  # false for NaN, too
+        found = x.flatten()[~((x.flatten() >= 0) & (x.flatten() <= 1))][0].item()
+        raise ValueError(f"inputs must be in [0, 1], got {found}")
 
 
 class GenerativeReplay(Rehearsal):
@@ -530,39 +582,47 @@ class GenerativeReplay(Rehearsal):
     ):
         if targets not in TARGETS:
             raise ValueError(f"unknown targets {targets!r}; choose one of {', '.join(TARGETS)}")
-        for name, value in (("batch_size", batch_size), ("generator_update_freq", generator_update_freq)):
+        counts = {"batch_size": batch_size, "generator_update_freq": generator_update_freq, "memory_size": memory_size}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("temperature", "replay_weight", "learning_rate", "generator_learning_rate"):
+            if not 0 < locals()[name] < math.inf:
+                raise ValueError(f"{name} must be greater than 0, got {locals()[name]}")
         super().__init__(generator, memory_size, generator_learning_rate, rng)
         self.solver, self.heads = solver, heads
         self.targets, self.temperature, self.replay_weight = targets, temperature, replay_weight
         self.batch_size, self.generator_update_freq = batch_size, generator_update_freq
         self.optimizer = torch.optim.Adam(solver.parameters(), learning_rate)
         self.teacher = None  # the solver, frozen at the end of the previous task
-        self.steps = 0
+        self.steps = self.taught = 0  # updates of the solver; of these, the generator's
 
     def begin_task(self, x, conditions=None):
-        """Offers the task's samples (N, ...) to the memory, each once."""
+        """Offers the task's samples (N, ...) to the memory, each once. Raises ValueError for values outside [0, 1]."""
+        check_inputs(x, self.generator.shape)
         for k in range(len(x)):
             self.offer(x[k].clone(), None if conditions is None else int(conditions[k]))
 
     def step(self, x, y) -> dict:
         """One update of the solver on a batch of the current task (and of the generator, every
-        generator_update_freq-th time), both with the same generated batch. Returns the losses."""
+        generator_update_freq-th time), both with the same generated batch. Returns the losses. Raises ValueError for
+        values outside [0, 1]."""
+        check_inputs(x, self.generator.shape)
         self.steps += 1
         n = self.tasks_done + 1
         current, replayed = replay_weights(n)
         loss = current * self.heads.loss(self.solver(x), y, n)
         generated = None
         if n > 1:
-            generated = self.generated(len(x))
+            generated = self.generated(self.batch_size)
             loss = loss + self.replay_weight * replayed * self.replay_loss(generated[0], n)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         losses = {"solver": loss.item()}
         if self.steps % self.generator_update_freq == 0:
-            losses["generator"] = self.teach_generator(len(x), generated)
+            losses["generator"] = self.teach_generator(self.batch_size, generated)
+            self.taught += 1
         return losses
 
     def replay_loss(self, x, n) -> Tensor:
@@ -575,9 +635,37 @@ class GenerativeReplay(Rehearsal):
         return sum(distillation_loss(s, t, self.temperature) for s, t in pairs) / len(pairs)
 
     def end_task(self):
-        """Freezes the solver, too, as the teacher of the next task."""
+        """Freezes the solver, too, as the teacher of the next task. Raises ValueError for a task without samples, or in
+        which the generator learnt nothing: the next would be rehearsed on noise."""
+        if not self.memory.items or self.taught == 0:
+            raise ValueError(
+                f"the generator had no update in this task: call begin_task, and step at least generator_update_freq = "
+                f"{self.generator_update_freq} times"
+            )
         super().end_task()
+        self.taught = 0
+        self.solver.zero_grad(set_to_none=True)
         self.teacher = frozen(self.solver)
+
+    def state_dict(self):
+        return {**super().state_dict(), "steps": self.steps, "taught": self.taught}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.steps, self.taught = state["steps"], state["taught"]
+
+    def tensors(self):
+        models = {"solver": self.solver} if self.teacher is None else {"solver": self.solver, "teacher": self.teacher}
+        found = {f"{name}.{k}": v.cpu() for name, model in models.items() for k, v in model.state_dict().items()}
+        return {**super().tensors(), **found, **_moments("solver_optimizer", self.optimizer)}
+
+    def load_tensors(self, found):
+        super().load_tensors(found)
+        _load_module(self.solver, found, "solver.")
+        if self.tasks_done > 0:
+            self.teacher = frozen(self.solver)
+            _load_module(self.teacher, found, "teacher.")
+        _load_moments("solver_optimizer", self.optimizer, found)
 
 
 # -------------------------------------------------------------------------------------------- on the agent
@@ -612,6 +700,7 @@ class GenerativeReplayCL(CLAlgorithm):
         generator_latent_dim=32,
         generator_components=10,
         generator_learning_rate=2e-3,
+        micro_batch_tokens=16384,
         seed=0,
     ):
         least = {"window": 2, "window_batch": 1, "window_memory": 1, "generator_updates": 1, "generator_vocabulary": 2}
@@ -623,6 +712,7 @@ class GenerativeReplayCL(CLAlgorithm):
                 raise ValueError(f"{name} must be greater than 0, got {locals()[name]}")
         self.order, self.seed, self.replay_weight = task_order, seed, replay_weight
         self.window, self.window_batch, self.generator_updates = window, window_batch, generator_updates
+        self.windows_at_once = max(1, micro_batch_tokens // window)
         with grpo.seeded("cpu", seed, 0):
             generator = TokenVAE(
                 generator_vocabulary,
@@ -640,7 +730,7 @@ class GenerativeReplayCL(CLAlgorithm):
         self.history = {}  # by domain trained: the means that `get_statistics` shows, and the bytes of what was dropped
 
     def extra_loss(self, trainer):
-        if self.teacher is None or self.rehearsal.old_conditions == 0:  # the first domain, or none had conversations
+        if self.teacher is None or self.rehearsal.tasks_done == 0:  # the first domain, or none had conversations
             return None
         self.rehearsal.to(trainer.model.device)
         number = math.ceil(self.window_batch / grpo.world_size())  # as many on all ranks: a pass is one of all
@@ -649,12 +739,22 @@ class GenerativeReplayCL(CLAlgorithm):
             windows, condition = self.rehearsal.generated(number)
         for k in condition.tolist():
             self.generated[self.order[k]] += grpo.world_size()
-        tokens = self.as_tokens(windows)
+        parts = [self.as_tokens(part) for part in windows.split(self.windows_at_once)]
         with grpo.weights_of(trainer.model, self.teacher):
-            taught = grpo.next_token_logprobs(trainer.model, *tokens)
-        kl = grpo.distillation_kl(trainer.model, *tokens, taught) / max(1, len(taught))
-        self.count(trainer.domain, "distillation KL", kl.item())
-        return self.replay_weight * replay_weights(self.rehearsal.tasks_done + 1)[1] * kl
+            taught = [grpo.next_token_logprobs(trainer.model, *part) for part in parts]
+        return self.divergence(trainer, parts, taught)
+
+    def divergence(self, trainer, parts, taught):
+        """Yields the loss part by part, so that each is learnt from and freed before the next is computed. Their sum is
+        a mean over the distributions of all ranks, times the number of ranks, over which the loop takes a mean."""
+        total = max(1, sum(grpo.all_gather_json(sum(map(len, taught)))))
+        weight = self.replay_weight * replay_weights(self.rehearsal.tasks_done + 1)[1]
+        divergence = 0.0
+        for part, distributions in zip(parts, taught, strict=True):
+            kl = grpo.distillation_kl(trainer.model, *part, distributions)
+            divergence += kl.item()
+            yield weight * kl * grpo.world_size() / total
+        self.count(trainer.domain, "distillation KL", sum(grpo.all_gather_json(divergence)) / total)
 
     def post_step_hook(self, trainer, domain):
         """Offers the step's conversations to the memory and teaches the generator."""
@@ -668,6 +768,8 @@ class GenerativeReplayCL(CLAlgorithm):
         for conversation in conversations:
             for window in self.as_windows(conversation):
                 self.rehearsal.offer(window, self.order.index(domain))
+            unknown = any(symbol not in self.numbers for symbol in conversation)
+            self.count(domain, "cut for lack of vocabulary", float(unknown))
         if not self.rehearsal.memory.items:
             return
         self.draws += 1
@@ -677,8 +779,9 @@ class GenerativeReplayCL(CLAlgorithm):
 
     def post_task_hook(self, trainer, domain):
         """The end of the domain: what it leaves is the generator and the frozen policy."""
-        raw = sum(4 * int((window != 0).sum()) for window, _ in self.rehearsal.memory.items)
-        self.history.setdefault(domain, {})["raw bytes"] = raw
+        self.rehearsal.to(trainer.model.device)
+        raw = [window for window, _ in self.rehearsal.memory.items]
+        self.history.setdefault(domain, {})["raw bytes"] = sum(4 * int((window != 0).sum()) for window in raw)
         self.draws += 1
         with grpo.seeded(self.rehearsal.device, self.seed, 3, self.draws):
             self.rehearsal.end_task()
@@ -688,13 +791,24 @@ class GenerativeReplayCL(CLAlgorithm):
                 torch.distributed.broadcast(value, 0)
             self.rehearsal.generator.load_state_dict(kept)
         self.teacher = grpo.snapshot(trainer.model)
+        if raw:
+            self.count(domain, "equal to the nearest real window", self.likeness(torch.stack(raw), domain))
         if grpo.rank() == 0:
             (trainer.run / f"generated_after_{domain}.txt").write_text(self.show_windows(trainer.tokenizer))
+
+    def likeness(self, raw, domain, number=100) -> float:
+        """How much of a generated window, in the mean, is what the real one (of `raw`) that is most like it has at the
+        same places: how well the generator has learnt, and how little it has forgotten of whom."""
+        condition = torch.full((number,), self.order.index(domain), device=self.rehearsal.device)
+        with grpo.seeded(self.rehearsal.device, self.seed, 5):
+            made = self.rehearsal.old_generator.generate(number, condition=condition).cpu()
+        equal = [((raw == window) & (window != 0)).sum(1).max() / max(1, (window != 0).sum()) for window in made]
+        return float(sum(equal)) / number
 
     def show_windows(self, tokenizer, number=3) -> str:
         """Generated windows, `number` of each domain that has ended; what the policy is to sample stands in << >>."""
         shown = []
-        for k in range(self.rehearsal.old_conditions):
+        for k in self.rehearsal.old_conditions:
             condition = torch.full((number,), k, device=self.rehearsal.device)
             with grpo.seeded(self.rehearsal.device, self.seed, 4, k):
                 windows = self.rehearsal.old_generator.generate(number, condition=condition)
@@ -720,7 +834,8 @@ class GenerativeReplayCL(CLAlgorithm):
         for start in range(0, len(conversation) - 1, self.window):
             numbers = [self.numbers.get(symbol, 0) for symbol in conversation[start : start + self.window]]
             numbers = numbers[: numbers.index(0)] if 0 in numbers else numbers
-            pieces.append(torch.tensor(numbers + [0] * (self.window - len(numbers))))
+            if numbers:
+                pieces.append(torch.tensor(numbers + [0] * (self.window - len(numbers))))
         return pieces
 
     def as_tokens(self, windows):
@@ -739,16 +854,14 @@ class GenerativeReplayCL(CLAlgorithm):
         total[1] += 1
 
     def get_statistics(self):
-        means = {
-            domain: {name: round(value[0] / value[1], 4) for name, value in found.items() if name != "raw bytes"}
-            for domain, found in self.history.items()
-        }
+        means = {}  # by name and the domain that was trained
+        for domain, found in self.history.items():
+            for name, value in found.items():
+                if name != "raw bytes":
+                    means.setdefault(name, {})[domain] = round(value[0] / value[1], 4)
         return {
             "windows generated": dict(self.generated),
-            **{
-                f"{name} while training": {d: m[name] for d, m in means.items() if name in m}
-                for name in ("generator loss", "distillation KL")
-            },
+            **means,
             "bytes kept": self.sizes(),
             "bytes of the windows dropped": sum(found.get("raw bytes", 0) for found in self.history.values()),
         }
@@ -847,6 +960,13 @@ class Unrehearsed(GenerativeReplay):
 
 class LwF(GenerativeReplay):
     """Learning without forgetting (Li and Hoiem 2016, arXiv:1606.09282): the frozen solver labels current inputs."""
+
+    def begin_task(self, x, conditions=None):
+        """There is no generator to learn from them."""
+
+    def end_task(self):
+        self.tasks_done += 1
+        self.teacher = frozen(self.solver)
 
     def step(self, x, y):
         n = self.tasks_done + 1
@@ -1036,7 +1156,8 @@ def run_arm(args: Args, scenario, arm, seed) -> dict:
                 ]
             )
         if rehearsal and arm != "lwf":
-            condition = torch.arange(10) % rehearsal.old_conditions if rehearsal.old_conditions else None
+            seen = rehearsal.old_conditions
+            condition = torch.tensor(np.resize(seen, 10)) if seen else None
             images = rehearsal.old_generator.generate(10, condition=condition)
             samples.append([[round(value, 2) for value in image] for image in images.tolist()])
     kept = {"joint": sum(task[0].nbytes for task in tasks), "experience_replay": args.buffer_size * x[0].nbytes}.get(
@@ -1044,7 +1165,7 @@ def run_arm(args: Args, scenario, arm, seed) -> dict:
     )
     if rehearsal:
         modules = [rehearsal.teacher] + ([rehearsal.old_generator] if arm != "lwf" else [])
-        kept = sum(p.nbytes for module in modules for p in module.parameters())
+        kept = sum(value.nbytes for module in modules for value in module.state_dict().values())
     job = {"scenario": scenario, "arm": arm, "seed": seed}
     return {**job, "R": R, "samples": samples, "seconds": time.perf_counter() - start, "bytes_kept": kept}
 
@@ -1054,7 +1175,7 @@ def backward_transfer(R) -> float:
 
 
 def text_table(args: Args, found) -> str:
-    """Average accuracy at the end of each scenario, backward transfer of the class-incremental one, seconds, size."""
+    """Average accuracy at the end of each scenario; of the first one backward transfer, seconds, size."""
 
     def cell(values):
         mean, half = over_seeds(values)

@@ -336,7 +336,8 @@ class CLAlgorithm:
 
     def extra_loss(self, trainer):
         """A scalar tensor to add to the step's loss, or None; asked before every optimiser step, also of the warm start
-        (trainer.state["stage"] is "warmup" or "grpo").
+        (trainer.state["stage"] is "warmup" or "grpo"). Or an iterator of such, whose sum it is: each is learnt from,
+        and its graph freed, before the next is asked for.
 
         Every rank computes the same, or its share of a mean over ranks: the ranks' tensors are averaged. A penalty on
         the weights takes them from grpo.trained_parameters(trainer.model), which also serves sharded ones.

@@ -589,8 +589,11 @@ def backward_extra_loss(trainer: Trainer) -> float | None:
     if isinstance(extra, DTensor):  # of sharded weights themselves: one for all ranks
         extra.backward()
         return grpo.whole(extra.detach()).item()
-    (extra / grpo.world_size()).backward()  # gradients are summed over ranks
-    return sum_over_ranks(trainer, extra.item())[0] / grpo.world_size()
+    total = 0.0
+    for part in [extra] if isinstance(extra, torch.Tensor) else extra:
+        (part / grpo.world_size()).backward()  # gradients are summed over ranks
+        total += part.item()
+    return sum_over_ranks(trainer, total)[0] / grpo.world_size()
 
 
 def count_tokens(pairs) -> int:
@@ -1183,6 +1186,8 @@ def new_run(args: Args, train_tasks, eval_tasks) -> Path:
 def run_stages(trainer: Trainer):
     """The whole run, from wherever the trainer's state says it is."""
     args, state, signals = trainer.args, trainer.state, trainer.signals
+    if trainer.algorithm.keeps_no_data and (state["stage"], state["step"]) == ("warmup", 0) and grpo.rank() == 0:
+        remove_checkpoints(trainer.run, keep=1)  # where a kill came before it, below
     if state["stage"] == "baseline":
         save_checkpoint(trainer)
         state["baseline"] = evaluate(trainer, "baseline", args.task_order)

@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import gc
 import json
 import math
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from privacy import reachable, runs_in
 from torch import nn
 
 import generative
@@ -243,7 +243,20 @@ def test_the_parts_of_a_generators_loss_are_weighted():
         (lambda: rehearsal().generated(3), "before the first task has ended"),
         (lambda: rehearsal(targets="firm"), "unknown targets 'firm'"),
         (lambda: rehearsal(generator_update_freq=0), "generator_update_freq must be at least 1, got 0"),
-        (lambda: rehearsal(memory_size=0), "capacity must be at least 1, got 0"),
+        (lambda: rehearsal(memory_size=0), "memory_size must be at least 1, got 0"),
+        (lambda: rehearsal(replay_weight=-1.0), "replay_weight must be greater than 0, got -1.0"),
+        (lambda: rehearsal(replay_weight=math.nan), "replay_weight must be greater than 0, got nan"),
+        (lambda: rehearsal(temperature=0.0), "temperature must be greater than 0, got 0.0"),
+        (lambda: rehearsal(generator_learning_rate=0.0), "generator_learning_rate must be greater than 0"),
+        (lambda: VAE(4, components=-1), "components must be at least 0, got -1"),
+        (lambda: VAE(4, num_conditions=-1), "num_conditions must be at least 0, got -1"),
+        (lambda: VAE(4, num_conditions=3).generate(2), "3 conditions: name one"),
+        (lambda: rehearsal().begin_task(torch.rand(2, 60)), r"shape \(B, 64\), got \(2, 60\)"),
+        (lambda: rehearsal().begin_task(torch.full((2, 64), 7.0)), r"in \[0, 1\], got 7.0"),
+        (lambda: rehearsal().step(torch.full((2, 64), math.nan), torch.zeros(2).long()), r"in \[0, 1\], got nan"),
+        (lambda: rehearsal().teach_generator(2), "no sample of the current task"),
+        (lambda: rehearsal().end_task(), "no update in this task: call begin_task"),
+        (lambda: learn(rehearsal(generator_update_freq=4), 0), "at least generator_update_freq = 4 times"),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -341,17 +354,6 @@ def test_teacher_and_generator_are_frozen_at_the_tasks_end():
         assert torch.equal(a, b)
 
 
-def reachable(root):
-    """Every object that can be reached from `root`."""
-    seen, stack = {}, [root]
-    while stack:
-        for child in gc.get_referents(stack.pop()):
-            if id(child) not in seen and not isinstance(child, (type, type(sys), type(gc.collect))):
-                seen[id(child)] = child
-                stack.append(child)
-    return seen.values()
-
-
 def holds(root, samples):
     tensors = [t.detach().flatten() for t in reachable(root) if isinstance(t, torch.Tensor)]
     numbers = torch.cat([t.float() for t in tensors if t.numel()])
@@ -377,6 +379,51 @@ def test_conditions_are_drawn_evenly_over_those_seen():
     assert torch.bincount(condition, minlength=6).tolist() == [100, 100, 100, 100, 0, 0]
     counts = sum(torch.bincount(replayer.generated(6)[1], minlength=6) for _ in range(400))
     assert counts[4:].sum() == 0 and (counts[:4] - 600).abs().max() < 60  # not always the same ones twice
+
+
+def test_conditions_that_were_never_seen_are_not_drawn():
+    replayer = rehearsal(conditions=6, scenario="domain")
+    for k in (2, 0):
+        x, y = task(k)
+        replayer.begin_task(x, y)
+        replayer.step(x[:8], y[:8])
+        replayer.end_task()
+    assert replayer.old_conditions == [0, 1, 4, 5]
+    assert torch.bincount(replayer.generated(40)[1], minlength=6).tolist() == [10, 10, 0, 0, 10, 10]
+
+
+def test_a_solver_comes_back_from_a_checkpoint_and_goes_on_the_same():
+    replayer = rehearsal(conditions=6, components=2, generator_update_freq=2)
+    learn(replayer, 0, conditional=True)
+    x, y = task(1)
+    replayer.begin_task(x, y)
+    for _ in range(3):  # between two updates of the generator
+        replayer.step(x[:8], y[:8])
+    state, tensors = json.loads(json.dumps(replayer.state_dict())), replayer.tensors()
+    other = rehearsal(conditions=6, components=2, generator_update_freq=2)
+    other.load_state_dict(state)
+    other.load_tensors({name: tensor.clone() for name, tensor in tensors.items()})
+    for each in (replayer, other):
+        torch.manual_seed(3)
+        for _ in range(3):
+            each.step(x[:8], y[:8])
+        each.end_task()
+    mine, theirs = replayer.tensors(), other.tensors()
+    assert set(mine) == set(theirs) and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for name in ("generator.mu.weight", "teacher.0.weight", "memory.x"):
+        with pytest.raises(ValueError, match=name.rsplit(".", 1)[0]):
+            third = rehearsal(conditions=6, components=2)
+            third.load_state_dict(state)
+            third.load_tensors({k: v for k, v in tensors.items() if k != name})
+
+
+def test_nothing_of_a_task_is_left_in_gradients_or_moments():
+    """A unit that is active for one sample only has it as its gradient."""
+    replayer = rehearsal(conditions=6)
+    learn(replayer, 0, conditional=True)
+    modules = [replayer.generator, replayer.solver]
+    assert not any(p.grad is not None for module in modules for p in module.parameters())
+    assert not replayer.generator_optimizers[0].state
 
 
 def test_the_memory_is_a_reservoir_of_the_current_task():
@@ -451,7 +498,8 @@ def test_conversations_are_cut_into_windows_and_back():
 def test_generated_windows_can_be_read(monkeypatch):
     algorithm = agent(generator_vocabulary=8)
     algorithm.number([[100, 14, 61, 40]])  # tokens 7, 20, 30 (sampled), 50
-    algorithm.rehearsal.offer(torch.tensor([1, 2, 3, 4]), 1)
+    for condition in (1, 0):
+        algorithm.rehearsal.offer(torch.tensor([1, 2, 3, 4]), condition)
     algorithm.rehearsal.end_task()
     made = [torch.tensor([[4, 3, 3, 1], [2, 0, 4, 4]]), torch.tensor([[3, 0, 0, 0], [0, 0, 0, 0]])]
     monkeypatch.setattr(TokenVAE, "generate", lambda self, number, condition: made[condition[0]])
@@ -498,6 +546,15 @@ def trained_agent(policies, **settings):
     return algorithm
 
 
+def learnt(parts):
+    """The value of a loss that comes in parts, each of which adds its gradient."""
+    total = 0.0
+    for part in parts:
+        part.backward()
+        total += part.item()
+    return total
+
+
 def test_the_policy_is_held_to_the_frozen_ones_distributions(policies, monkeypatch):
     """The loss and its gradient against whole log-softmaxes of two models, in float64."""
     algorithm = trained_agent(policies, replay_weight=0.6)
@@ -508,11 +565,11 @@ def test_the_policy_is_held_to_the_frozen_ones_distributions(policies, monkeypat
     rows = [[read[0], sampled[3], sampled[1], read[2]], [sampled[4], sampled[0], 0, read[1]], [0, 1, 2, 3]]
     counted = [[1, 2], [1]]  # of each row: those that were sampled, without a first token and what is behind the end
     monkeypatch.setattr(algorithm.rehearsal, "generated", lambda number: (torch.tensor(rows), torch.tensor([0, 0, 0])))
-    for chunk in (2**26, 1):  # all at once, and one distribution at a time
+    for chunk, at_once in ((2**26, 3), (1, 3), (2**26, 1)):  # whole; one distribution, one window at a time
         monkeypatch.setattr(grpo, "CHUNK", chunk)
+        algorithm.windows_at_once = at_once
         learner.zero_grad()
-        loss = algorithm.extra_loss(FakeTrainer(learner, "retail"))
-        loss.backward()
+        loss = learnt(algorithm.extra_loss(FakeTrainer(learner, "retail")))
         teacher, student = copy.deepcopy(policies[0]).double(), copy.deepcopy(learner).double()
         student.zero_grad()
         total = 0.0
@@ -524,23 +581,24 @@ def test_the_policy_is_held_to_the_frozen_ones_distributions(policies, monkeypat
                 total = total + (p * (p.log() - log_q)).sum()
         expected = 0.6 * 0.5 * total / 3
         expected.backward()
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
         for mine, other in zip(learner.parameters(), student.parameters(), strict=True):
             torch.testing.assert_close(mine.grad.double(), other.grad, rtol=1e-3, atol=1e-7)
     for now, before in zip(policies[0].parameters(), frozen_weights, strict=True):
         assert torch.equal(now, before)
     for now, before in zip(learner.parameters(), policies[1].parameters(), strict=True):
         assert torch.equal(now, before)  # the teacher's weights were in it only for its forward pass
-    assert algorithm.get_statistics()["windows generated"] == {"airline": 6, "retail": 0}
+    statistics = algorithm.get_statistics()
+    assert statistics["windows generated"] == {"airline": 9, "retail": 0}
+    assert statistics["distillation KL"]["retail"] == pytest.approx(loss / 0.6 / 0.5, rel=1e-3)
 
 
 def test_windows_in_which_the_policy_samples_nothing_give_no_gradient(policies, monkeypatch):
     algorithm = trained_agent(policies)
     windows = torch.zeros(2, 4, dtype=torch.long)
     monkeypatch.setattr(algorithm.rehearsal, "generated", lambda number: (windows, torch.tensor([0, 0])))
-    loss = algorithm.extra_loss(FakeTrainer(policies[1], "retail"))
-    loss.backward()
-    assert loss.item() == 0 and not any(p.grad.any() for p in policies[1].parameters() if p.grad is not None)
+    loss = learnt(algorithm.extra_loss(FakeTrainer(policies[1], "retail")))
+    assert loss == 0 and not any(p.grad.any() for p in policies[1].parameters() if p.grad is not None)
 
 
 def test_the_generator_of_the_agent_is_rehearsed_and_keeps_no_conversation(policies, monkeypatch):
@@ -550,17 +608,13 @@ def test_the_generator_of_the_agent_is_rehearsed_and_keeps_no_conversation(polic
     algorithm.post_step_hook(trainer, "airline")
     windows = torch.cat([torch.stack(algorithm.as_windows(as_symbols(ids))) for ids in first])
     assert algorithm.rehearsal.memory.seen == 12 * 4 and len(algorithm.rehearsal.memory.items) == 20
-
-    def kept(windows):
-        found = [t for t in reachable(algorithm) if isinstance(t, torch.Tensor) and t.dtype == torch.long and t.dim()]
-        rows = torch.cat([torch.empty(0, 4), *(t.reshape(-1, 4) for t in found if t.shape[-1] == 4)])
-        return sum(bool((rows == window).all(1).any()) for window in windows)
-
-    assert kept(windows) >= 20
+    raw = [way[k : k + 4] for ids in first for way in (ids, as_symbols(ids)) for k in range(len(ids) - 3)]
+    assert runs_in(algorithm, windows.tolist()) >= 20 and runs_in(first, raw) > 100
     algorithm.post_task_hook(trainer, "airline")
     shown = (trainer.run / "generated_after_airline.txt").read_text()
     assert shown.count("[airline]") == 3 and "[retail]" not in shown
-    assert kept(windows) == 0
+    for held in (algorithm, algorithm.state_dict(), algorithm.rehearsal.tensors()):
+        assert runs_in(held, windows.tolist()) == runs_in(held, raw) == 0
     taught = []
     learn = algorithm.rehearsal.generator.learn
     monkeypatch.setattr(
@@ -580,9 +634,43 @@ def test_the_generator_of_the_agent_is_rehearsed_and_keeps_no_conversation(polic
     assert algorithm.bytes_kept() == sum(statistics["bytes kept"].values()) > 0
 
 
+def test_a_domain_without_conversations_is_passed_over(policies):
+    algorithm = agent()
+    for domain, found in (("airline", []), ("retail", conversations(0))):
+        trainer = FakeTrainer(policies[0], domain, found)
+        assert algorithm.extra_loss(trainer) is None
+        algorithm.post_step_hook(trainer, domain)
+        algorithm.post_task_hook(trainer, domain)
+    assert algorithm.rehearsal.tasks_done == 1 and algorithm.rehearsal.old_conditions == [1]
+    learnt(algorithm.extra_loss(trainer))
+    generated = algorithm.get_statistics()["windows generated"]
+    assert generated["airline"] == 0 < generated["retail"]
+
+
+def test_statistics_say_how_much_is_copied_and_what_found_no_room(policies):
+    torch.manual_seed(0)
+    algorithm = agent(generator_updates=300, generator_vocabulary=20)
+    same = [[5, 6, 7, 8]] * 12
+    trainer = FakeTrainer(policies[0], conversations=same)
+    algorithm.post_step_hook(trainer, "airline")
+    algorithm.post_task_hook(trainer, "airline")
+    statistics = algorithm.get_statistics()
+    assert statistics["equal to the nearest real window"]["airline"] == 1.0  # there was one to learn
+    assert statistics["cut for lack of vocabulary"]["airline"] == 0.0
+    trainer = FakeTrainer(policies[0], "retail", conversations(0))
+    algorithm.post_step_hook(trainer, "retail")
+    assert algorithm.get_statistics()["cut for lack of vocabulary"]["retail"] > 0.9
+    assert all(window.any() for window, _ in algorithm.rehearsal.memory.items)
+    raw = torch.tensor([[1, 2, 3, 4], [1, 2, 0, 0]])
+    made = torch.tensor([[1, 2, 9, 9], [9, 2, 3, 4], [1, 2, 0, 0], [0, 0, 0, 0]])
+    algorithm.rehearsal.old_generator.generate = lambda number, condition: made
+    assert algorithm.likeness(raw, "airline", 4) == pytest.approx((0.5 + 0.75 + 1 + 0) / 4)
+
+
 def test_generators_and_moments_move_together(policies):
     """As after a resumed run's load, on the CPU; "meta" stands for a GPU."""
     algorithm = trained_agent(policies)
+    algorithm.post_step_hook(FakeTrainer(policies[0], "retail", conversations(1)), "retail")
     rehearsal = algorithm.rehearsal
     rehearsal.to(torch.device("meta"))
     moments = [
@@ -607,7 +695,7 @@ def test_the_agents_generator_comes_back_from_a_checkpoint(policies, tmp_path):
     losses = []
     for each in (algorithm, other):
         each.post_step_hook(trainer, "retail")
-        losses.append(each.extra_loss(trainer).item())
+        losses.append(learnt(each.extra_loss(trainer)))
     assert losses[0] == losses[1]
     ours, theirs = (each.rehearsal.tensors() for each in (algorithm, other))
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
