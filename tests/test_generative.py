@@ -212,6 +212,7 @@ def test_the_prior_is_fitted_to_as_much_of_each_task():
     fitted = []
     replayer.generator.fit_prior = lambda batches: fitted.append(list(batches))
     learn(replayer, 0, 1, 2, conditional=True)
+    assert len(fitted) == 3
     for n, batches in enumerate(fitted, 1):
         x, condition = (torch.cat(parts) for parts in zip(*batches, strict=True))
         assert torch.bincount(condition, minlength=6).tolist() == [10] * 2 * n + [0] * (6 - 2 * n)
@@ -465,6 +466,13 @@ def test_a_token_vae_minimises_the_negative_elbo_of_a_categorical_likelihood():
         vae.loss(torch.ones(2, 4, dtype=torch.long), condition)
 
 
+def test_behind_its_end_a_generated_window_is_empty(monkeypatch):
+    made = torch.tensor([[2, 0, 3, 1], [1, 1, 1, 0], [0, 1, 2, 3]])
+    vae = TokenVAE(5, window=4, width=4, hidden_dims=(5,), latent_dim=2)
+    monkeypatch.setattr(TokenVAE, "decode", lambda self, z, condition: nn.functional.one_hot(made))
+    assert vae.generate(3).tolist() == [[2, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+
+
 def test_a_token_vae_learns_what_belongs_to_its_condition():
     torch.manual_seed(0)
     windows = torch.randint(1, 40, (6, 8))
@@ -678,6 +686,20 @@ def test_generators_and_moments_move_together(policies):
     ]
     tensors = [*rehearsal.generator.state_dict().values(), *rehearsal.old_generator.state_dict().values(), *moments]
     assert len(moments) > 10 and all(t.device.type == "meta" for t in tensors)
+
+
+@pytest.mark.parametrize("hook", ["post_step_hook", "post_task_hook", "extra_loss"])
+def test_every_hook_moves_the_generator_first(policies, monkeypatch, hook):
+    """After a load it is on the CPU, and any of them may be the next."""
+    algorithm = trained_agent(policies)
+    calls = []
+    monkeypatch.setattr(algorithm.rehearsal, "to", lambda device: calls.append(device))
+    for name in ("offer", "end_task", "generated"):
+        original = getattr(algorithm.rehearsal, name)
+        monkeypatch.setattr(algorithm.rehearsal, name, lambda *a, f=original: calls.append("used") or f(*a))
+    trainer = FakeTrainer(policies[0], "retail", conversations(1))
+    getattr(algorithm, hook)(trainer, *([] if hook == "extra_loss" else ["retail"]))
+    assert calls[0] == policies[0].device and "used" in calls
 
 
 def test_the_agents_generator_comes_back_from_a_checkpoint(policies, tmp_path):
