@@ -462,6 +462,11 @@ def group_runs(runs) -> tuple[list[Group], str]:
     for group, config in zip(found.values(), configs, strict=True):
         other = [key for key in config if key in usual and json.dumps(config[key]) != usual[key]]
         group.name = ", ".join([group.algorithm, *[f"{key} {config[key]}" for key in other]])
+    shared = set.intersection(*(set(config) for config in configs))
+    counts = Counter(group.name for group in found.values())
+    for group, config in zip(found.values(), configs, strict=True):
+        if counts[group.name] > 1:  # they differ in what an earlier version did not have
+            group.name = ", ".join([group.name, *[f"{k} {v}" for k, v in config.items() if k not in shared]])
     varied = [f"{key} {json.loads(usual[key])}" for key, values in settings.items() if len(set(values)) > 1]
     note = f"Where not named: {', '.join(varied)}." if varied else ""
     return list(found.values()), note
@@ -541,8 +546,8 @@ def plot_comparison(groups, base, path):
             mean,
             None if math.isnan(half) else half,
             fmt=MARKERS[k % 6],
-            color=COLOURS[k * 5 % 6],  # with the markers, 30 that differ
-            markerfacecolor=COLOURS[k * 5 % 6] if k // 6 % 2 == 0 else "white",
+            color=COLOURS[(k + k // 6) % 6],  # 36 pairs of marker and colour, filled and hollow in turn
+            markerfacecolor=COLOURS[(k + k // 6) % 6] if k // 6 % 2 == 0 else "white",
             markersize=5,
             capsize=2,
             elinewidth=0.7,
@@ -572,7 +577,7 @@ def plot_curves_over_seeds(groups, path):
     )
     for axes in panels.flat[len(groups) :]:
         axes.axis("off")
-    for axes, group in zip(panels.flat, groups, strict=False):
+    for place, (axes, group) in enumerate(zip(panels.flat, groups, strict=False)):
         summaries = [group.summaries[seed] for seed in sorted(group.summaries)]
         order = summaries[0]["task_order"]
         scores = np.array([[[s["baseline"][d] for d in order], *s["R"]] for s in summaries])  # (seeds, stages + 1, T)
@@ -585,6 +590,7 @@ def plot_curves_over_seeds(groups, path):
         axes.set_title("\n".join(textwrap.wrap(group.name, 34)), fontsize=7)
         axes.set(ylim=(-0.03, 1.03), xticks=x)
         axes.set_xticklabels(["start", *[f"after {d}" for d in order]], rotation=30, ha="right", fontsize=6)
+        axes.tick_params(axis="x", labelbottom=place + columns >= len(groups))
         axes.tick_params(axis="y", labelsize=6)
         axes.grid(alpha=0.3)
     figure.supylabel("mean reward (band: all seeds)", fontsize=8)

@@ -1,5 +1,6 @@
 """eval.py: metrics against hand-computed cases and tau2's own, and the comparison of runs."""
 
+import csv
 import itertools
 import json
 import math
@@ -89,7 +90,7 @@ def test_compare_groups_runs_over_seeds(tmp_path):
             (run / "summary.json").write_text(json.dumps(summary(algorithm, seed, forgetting, minutes)))
             runs.append(run)
     table = evaluation.compare(runs).splitlines()
-    assert len(table) == 4
+    assert table[4] == "" and table[5].startswith("| less sequential's")
     assert table[2].startswith("| sequential | 3 | 0.60 ± 0.00 |")
     assert table[3].startswith("| replay | 3 | 0.10 ± 0.00 |")
     assert table[3].endswith("| +0.20 (retail) | 5.00 ± 0.00 | 1.25 | 1.5 |")
@@ -107,6 +108,56 @@ def test_compare_names_what_a_row_differs_in(tmp_path):
     table = evaluation.compare(runs).splitlines()
     assert [line.split("|")[1].strip() for line in table[2:5]] == ["sequential", "replay", "replay, replay_ratio 0.5"]
     assert table[-1] == "Where not named: replay_ratio 0.2."
+
+
+def written(tmp_path, rows):
+    """Folders of finished runs; rows of (algorithm, seed, forgetting)."""
+    runs = []
+    for algorithm, seed, forgetting in rows:
+        run = tmp_path / f"{algorithm}{seed}"
+        run.mkdir()
+        values = {**summary(algorithm, seed, forgetting, 2.0), "baseline": {"airline": 0.0, "retail": 0.1}}
+        (run / "summary.json").write_text(json.dumps(values))
+        runs.append(run)
+    return runs
+
+
+def test_differences_from_sequential_are_paired_by_seed(tmp_path):
+    seeds = {"sequential": {0: 0.5, 1: 0.6, 2: 0.7, 3: 0.1}, "replay": {2: 0.3, 0: 0.2, 1: 0.1}}
+    runs = written(tmp_path, [(name, s, f) for name, found in seeds.items() for s, f in found.items()])
+    lines = evaluation.compare(runs).splitlines()
+    assert lines[-3].startswith("| less sequential's, by seed |")
+    differences = [0.2 - 0.5, 0.1 - 0.6, 0.3 - 0.7]
+    mean, half = interval(differences)
+    average = [-d / 2 for d in differences]  # of two domains, one forgets
+    assert lines[-1] == f"| replay | 3 | {mean:+.2f} ± {half:.2f} | {np.mean(average):+.2f} ± {half / 2:.2f} |"
+
+
+def test_a_comparison_is_written_as_table_csv_and_pictures(tmp_path, recwarn):
+    rows = [(name, seed, 0.1 * k) for k, name in enumerate(["sequential", *"abcdefg"]) for seed in (0, 1)]
+    table = evaluation.compare(written(tmp_path, rows), tmp_path / "out")
+    assert (tmp_path / "out" / "comparison.md").read_text() == table + "\n"
+    with open(tmp_path / "out" / "comparison.csv") as file:
+        found = list(csv.DictReader(file))
+    assert [(r["algorithm"], int(r["seed"])) for r in found] == [(name, seed) for name, seed, _ in rows]
+    for r, (_, _, forgetting) in zip(found, rows, strict=True):
+        assert float(r["forgetting"]) == pytest.approx(forgetting)
+        assert (
+            float(r["airline after retail"]) == pytest.approx(0.8 - forgetting) and r["retail after airline"] == "0.0"
+        )
+    for name in ("comparison.png", "learning_curves.png"):
+        assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
+    assert not [w for w in recwarn if "layout" in str(w.message)]
+
+
+def test_runs_of_an_earlier_version_are_not_named_by_what_they_lack(tmp_path):
+    runs = written(tmp_path, [("sequential", 0, 0.5), ("replay", 0, 0.1), ("replay", 1, 0.1)])
+    path = runs[2] / "summary.json"
+    values = json.loads(path.read_text())
+    values["config"]["new_flag"] = 3
+    path.write_text(json.dumps(values))
+    lines = evaluation.compare(runs).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["sequential", "replay", "replay, new_flag 3"]
 
 
 def test_compare_counts_no_run_twice_and_names_damaged_ones(tmp_path):
