@@ -2,6 +2,7 @@
 
     python eval.py --model_name_or_path runs/NAME/checkpoints/LAST --domains airline retail telecom
     python eval.py --compare runs/a_seed0 runs/a_seed1 runs/b_seed0 runs/b_seed1
+    python eval.py --show runs/NAME --worst 3
 
 Data flow: model + tasks -> episodes -> rewards -> one row of R -> cl_metrics -> report.md and pictures.
 """
@@ -10,6 +11,7 @@ import csv
 import datetime
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -398,6 +400,67 @@ def write_report(run):
     temporary.replace(run / "report.md")  # the last file of a run, so that a run with one is whole
 
 
+# ------------------------------------------------------------------------------------------ conversations
+
+ANSI = {"assistant": 36, "user": 33, "tool": 90, "system": 35, "call": 32, "good": 32, "bad": 31, "title": 1}
+
+
+def read_conversations(folder) -> list[dict]:
+    """The records of a training run or of an evaluation, in the order in which they were written."""
+    folder = Path(folder)
+    paths = [folder / "trajectories.jsonl", *sorted(folder.glob("trials*.jsonl"))]
+    records = []
+    for path in paths:
+        records += read_whole_lines(path) if path.is_file() else []
+    if not records:
+        raise ValueError(f"{folder} has no conversations: neither trajectories.jsonl nor trials.jsonl")
+    return records
+
+
+def show_conversations(folder, worst=5, task=None, unfold=False, colour=False) -> str:
+    """The `worst` conversations of a folder, those with the least reward first and of equal ones the latest; of `task`
+    only, if it is given. What tools get and return is cut to a line unless `unfold`."""
+    if worst < 1:
+        raise ValueError(f"worst must be at least 1, got {worst}")
+    records = [r for r in read_conversations(folder) if r["reward"] is not None]
+    if task is not None:
+        known = sorted({r["task_id"] for r in records})
+        records = [r for r in records if r["task_id"] == task]
+        if not records:
+            raise ValueError(f"there is no conversation of task {task!r} in {folder}; there are {', '.join(known)}")
+    chosen = sorted(reversed(records), key=lambda r: r["reward"])[:worst]
+    return "\n\n".join(text_conversation(r, unfold, colour) for r in chosen)
+
+
+def text_conversation(record, unfold=False, colour=False) -> str:
+    """One conversation: a line or paragraph per message, tool calls as function(arguments), the reward at the end."""
+
+    def paint(kind, text):
+        return f"\033[{ANSI[kind]}m{text}\033[0m" if colour else text
+
+    def clean(text):
+        return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)  # a model's text may hold escapes
+
+    def fold(text):
+        line = " ".join(text.split())
+        return line if unfold or len(line) <= 100 else f"{line[:100]} ... ({len(line)} characters)"
+
+    position = [f"step {record['global_step']}"] if "global_step" in record else []
+    position += [f"trial {record['trial']}"] if "trial" in record else []
+    lines = [paint("title", f"{record['domain']} task {record['task_id']}, {', '.join(position)}")]
+    for message in record["messages"] if "messages" in record else record["simulation"]["messages"]:
+        role, text = message["role"], clean(message.get("content") or "")
+        if text:
+            lines.append(paint(role, f"[{role}] {fold(text) if role == 'tool' else text}"))
+        for call in message.get("tool_calls") or []:
+            lines.append(paint("call", clean(f"[{role}] {call['name']}({fold(json.dumps(call['arguments']))})")))
+    parts = ", ".join(f"{name} {value:g}" for name, value in record["reward_parts"].items())
+    accuracy = "" if record["tool_accuracy"] is None else f"; gold actions taken: {record['tool_accuracy']:.2f}"
+    outcome = f"reward {record['reward']:g} ({parts}); ended by {record['termination']}{accuracy}"
+    lines.append(paint("good" if record["reward"] >= PASS else "bad", outcome))
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------------- comparing runs
 
 
@@ -636,6 +699,14 @@ class Args:
     """conversations at a time on each rank"""
     compare: list[str] = field(default_factory=list)
     """compare these finished runs instead: Markdown tables, CSV, pictures"""
+    show: str | None = None
+    """print conversations of this run or evaluation instead, those with the least reward first"""
+    worst: int = 5
+    """show: so many"""
+    task: str | None = None
+    """show: of the task of this id only"""
+    unfold: bool = False
+    """show: what tools get and return in full"""
 
 
 def _run_config(model_name_or_path) -> dict:
@@ -678,13 +749,19 @@ def read_trials(folder) -> list[dict]:
     """The trials in a folder, each once; a line that a kill cut short is left out."""
     found = {}
     for path in sorted(folder.glob("trials*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
+        for record in read_whole_lines(path):
             found[record["domain"], record["task_id"], record["trial"]] = record
     return list(found.values())
+
+
+def read_whole_lines(path) -> list[dict]:
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # cut short by a kill
+            continue
+    return found
 
 
 def merge_trials(folder) -> list[dict]:
@@ -839,7 +916,10 @@ def main():
 
     args = tyro.cli(Args)
     try:
-        if args.compare:
+        if args.show:
+            colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+            print(show_conversations(args.show, args.worst, args.task, args.unfold, colour))
+        elif args.compare:
             output = args.output or "runs/comparison"
             print(f"{compare(args.compare, output)}\n\n{output}/comparison.png, learning_curves.png, comparison.csv")
         else:

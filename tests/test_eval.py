@@ -356,3 +356,57 @@ def test_tau2_reads_the_results_and_scores_them_the_same(measured, tmp_path):
     answers = "1\n1\n3\n1\n\n5\n"  # select the only file, view the first conversation, no note, exit
     shown = subprocess.run(command, env=environment, input=answers, capture_output=True, text=True, timeout=100)
     assert shown.returncode == 0 and "Simulation Overview" in shown.stdout, shown.stdout + shown.stderr
+
+
+# ------------------------------------------------------------------------------------------ conversations
+
+
+def spoken(task, reward, text="Done.", **position):
+    call = {"id": "call_1", "name": "get_user", "arguments": {"user_id": "u" * 200}}
+    messages = [
+        {"role": "user", "content": "My lamp is broken."},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "x" * 300},
+        {"role": "assistant", "content": text},
+    ]
+    usual = {"domain": "retail", "task_id": task, "reward": reward, "reward_parts": {"DB": 1.0, "COMMUNICATE": 0.0}}
+    return {**usual, "tool_accuracy": 0.5, "termination": "user_stop", "messages": messages, **position}
+
+
+def test_conversations_are_shown_worst_first(tmp_path):
+    rows = [spoken("1", 1.0, global_step=0), spoken("2", 0.0, global_step=1), spoken("2", 0.0, "Later.", global_step=2)]
+    rows += [spoken("3", 0.5, global_step=3), spoken("4", None, global_step=4)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "trajectories.jsonl").write_text(text + text[:50])  # cut short by a kill
+    shown = evaluation.show_conversations(tmp_path, worst=3)
+    assert [line for line in shown.splitlines() if line.startswith("retail")] == [
+        "retail task 2, step 2",
+        "retail task 2, step 1",
+        "retail task 3, step 3",
+    ]
+    first = shown.split("\n\n")[0].splitlines()
+    assert first[1] == "[user] My lamp is broken."
+    assert first[2].startswith('[assistant] get_user({"user_id": "uuu') and first[2].endswith("... (215 characters))")
+    assert first[3] == f"[tool] {'x' * 100} ... (300 characters)"
+    assert first[4] == "[assistant] Later."
+    assert first[5] == "reward 0 (DB 1, COMMUNICATE 0); ended by user_stop; gold actions taken: 0.50"
+    assert f"[tool] {'x' * 300}" in evaluation.show_conversations(tmp_path, unfold=True)
+    assert evaluation.show_conversations(tmp_path, task="3").count("retail task") == 1
+    with pytest.raises(ValueError, match=r"no conversation of task '9' in .*; there are 1, 2, 3"):
+        evaluation.show_conversations(tmp_path, task="9")
+    with pytest.raises(ValueError, match="worst must be at least 1, got 0"):
+        evaluation.show_conversations(tmp_path, worst=0)
+    with pytest.raises(ValueError, match="has no conversations"):
+        evaluation.show_conversations(tmp_path / "nothing")
+
+
+def test_what_a_model_wrote_cannot_steer_the_terminal():
+    shown = evaluation.text_conversation(spoken("1", 1.0, "\x1b[2J\x9b2J\x07 wiped \ud800", trial=0))
+    assert "wiped" in shown and not any((ord(c) < 32 and c != "\n") or 0x7F <= ord(c) < 0xA0 for c in shown)
+    shown.encode()
+    assert "\033[32mreward 1" in evaluation.text_conversation(spoken("1", 1.0, trial=0), colour=True)
+
+
+def test_trials_of_an_evaluation_are_shown(measured):
+    shown = evaluation.show_conversations(measured, worst=100)
+    assert shown.count("; ended by ") == 8 and "airline task" in shown and "telecom task" in shown
