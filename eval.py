@@ -7,8 +7,10 @@
 Data flow: model + tasks -> episodes -> rewards -> one row of R -> cl_metrics -> report.md and pictures.
 """
 
+import concurrent.futures
 import csv
 import datetime
+import functools
 import json
 import math
 import os
@@ -158,6 +160,7 @@ def evaluate_tasks(
     **sampling,
 ) -> dict:
     """{domain: metrics} for the given tasks, `at_once` conversations at a time on each rank; all ranks get it.
+    `model`: a policy, or the litellm name of one behind an API (then without tokenizer; `sampling`: see `play_api`).
     `sampling`: arguments of grpo.rollout; `known`: records of trials that need not be played; `on_records`: called with
     the list of all conversations' records; `on_record(record, episode)`: called on each rank when one of its
     conversations ends, and may raise to stop. Invalid episodes (environment errors) are counted and left out; StopRun
@@ -173,7 +176,11 @@ def evaluate_tasks(
     ]
     done = {(r["domain"], r["task_id"], r["trial"]) for r in known}
     todo = [(domain, task, trial) for domain, task, trial in jobs if (domain, task.id, trial) not in done]
-    generator = grpo.seeded_generator(model.device, seed, grpo.rank(), *([len(done)] if done else []))
+    if isinstance(model, str):
+        play = functools.partial(play_api, llm=model, seed=seed, **sampling)
+    else:
+        generator = grpo.seeded_generator(model.device, seed, grpo.rank(), *([len(done)] if done else []))
+        play = functools.partial(grpo.rollout, model, tokenizer, generator=generator, **sampling)
     records = []
     with tqdm(
         total=len(todo[grpo.rank() :: grpo.world_size()]), desc=label, leave=False, disable=grpo.rank() > 0
@@ -190,7 +197,7 @@ def evaluate_tasks(
                 if on_record is not None:
                     on_record(records[-1], episode)
 
-            grpo.rollout(model, tokenizer, episodes, generator=generator, on_finish=finish, **sampling)
+            play(episodes=episodes, on_finish=finish)
     records = [record for part in grpo.all_gather_json(records) for record in part]
     wanted = {(domain, task.id, trial) for domain, task, trial in jobs}
     records += [record for record in known if (record["domain"], record["task_id"], record["trial"]) in wanted]
@@ -202,6 +209,50 @@ def evaluate_tasks(
         domain: {**measure([r for r in records if r["domain"] == domain], domain, tasks, num_trials), **about}
         for domain, tasks in tasks_by_domain.items()
     }
+
+
+def play_api(episodes, llm, on_finish, concurrency=16, retries=3, temperature=0.7, max_new_tokens=2048, **llm_args):
+    """Plays the episodes with an agent behind an API, by its litellm name, `concurrency` of them at a time; what fails
+    `retries` times more, with litellm's back-off, makes its episode invalid. `llm_args`: litellm's (api_base, seed).
+    """
+    import litellm
+
+    def complete(messages, tools):
+        limits = {"temperature": temperature, "max_tokens": max_new_tokens, "num_retries": retries, "timeout": 300}
+        response = litellm.completion(llm, messages, tools=tools, tool_choice="auto", **limits, **llm_args)
+        return response.choices[0], response.get("usage")
+
+    def converse(episode):
+        trajectory = grpo.Trajectory(episode.domain, str(episode.task.id))
+        try:
+            messages = [{"role": "system", "content": episode.system}, *episode.opening()]
+            while not episode.done:
+                choice, usage = complete(messages, episode.tools)
+                trajectory.action_mask += [True] * (usage.completion_tokens if usage else 0)  # their number is known
+                trajectory.truncated_turns += choice.finish_reason == "length"
+                calls = [
+                    {"id": f"call_{len(messages)}_{k}", "type": "function", "function": call.function.model_dump()}
+                    for k, call in enumerate(choice.message.tool_calls or [])
+                ]
+                said = {"role": "assistant", "content": choice.message.content or "", "tool_calls": calls}
+                messages.append(said if calls else {"role": "assistant", "content": said["content"]})
+                answers = episode.act(said)
+                ids = [call["id"] for call in calls] or [None] * len(answers)
+                for answer, call_id in zip(answers, ids, strict=False):
+                    messages.append({**answer, "tool_call_id": call_id} if answer["role"] == "tool" else answer)
+        except Exception as error:  # of the network, the server, or the user: named in the record, and counted
+            trajectory.valid = False
+            trajectory.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            episode.stop("agent_error")
+        trajectory.termination, trajectory.messages = episode.termination, episode.messages
+        return episode, trajectory
+
+    pool = concurrent.futures.ThreadPoolExecutor(concurrency)
+    try:
+        for future in concurrent.futures.as_completed([pool.submit(converse, episode) for episode in episodes]):
+            on_finish(*future.result())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def measure(records, domain, tasks, num_trials) -> dict:
@@ -671,7 +722,10 @@ class Args:
     """Evaluates a policy on tau2 domains, or compares finished runs."""
 
     model_name_or_path: str | None = None
-    """a checkpoint directory or hub name of a causal LM with a chat template that takes tools"""
+    """a checkpoint directory or hub name of a causal LM with a chat template that takes tools; or a litellm name, as
+    openai/NAME with --api_base, anthropic/NAME"""
+    api_base: str | None = None
+    """the model is served here, by an OpenAI-compatible API"""
     domains: list[str] = field(default_factory=lambda: list(oracle.DOMAINS))
     """tau2 domains to evaluate on"""
     split: str | None = None
@@ -681,7 +735,11 @@ class Args:
     num_trials: int = 1
     """episodes per task; pass^1 to pass^num_trials are reported"""
     user: str = "scripted"
-    """the user simulator"""
+    """scripted, scripted-tools (telecom with the user's own tools), solo, or a litellm name: tau2's simulated user"""
+    user_api_base: str | None = None
+    """that user's model is served here"""
+    user_temperature: float = 0.0
+    """of that user"""
     temperature: float | None = None
     """sampling temperature; default: the checkpoint's run's, else 0.7"""
     max_new_tokens: int | None = None
@@ -695,6 +753,8 @@ class Args:
     output: str | None = None
     """directory for conversations, metrics and tau2's results; trials found there are not repeated (default:
     runs/evaluation_MODEL_SPLIT_USER). With --compare, for table and pictures (default: runs/comparison)"""
+    retries: int = 3
+    """further tries of a request to an API"""
     at_once: int = 256
     """conversations at a time on each rank"""
     compare: list[str] = field(default_factory=list)
@@ -732,11 +792,20 @@ def evaluation_settings(args: Args) -> tuple[dict, dict]:
         "model": args.model_name_or_path,
         "split": args.split or config.get("eval_split", "test"),
         "user": args.user,
+        "api_base": args.api_base,
+        **(
+            {"user_api_base": args.user_api_base, "user_temperature": args.user_temperature} if "/" in args.user else {}
+        ),
         **{name: given.get(name, config.get(name, value)) for name, value in usual.items()},
         **{name: config.get(name) for name in limits},
         "seed": args.seed,
         **oracle.data_version(),
     }
+    if "/" in args.user:
+        oracle.use_model_as_user(args.user, args.user_api_base, temperature=args.user_temperature, seed=args.seed)
+    if args.user not in (*oracle.USERS, "solo"):
+        known = ", ".join([*oracle.USERS, "solo"])
+        raise ValueError(f"unknown user {args.user!r}; choose one of {known}, or a litellm name such as openai/NAME")
     tasks = {}
     for domain in args.domains:
         chosen = config.get("eval_tasks", {}).get(domain) if (args.split or args.max_tasks) is None else None
@@ -805,13 +874,29 @@ def write_json(path, value):
     temporary.replace(path)
 
 
+def is_api_model(name, api_base=None) -> bool:
+    """Whether that is a model behind an API, by its litellm name."""
+    import litellm
+
+    return api_base is not None or (not Path(name).is_dir() and name.split("/")[0] in litellm.provider_list)
+
+
 def run_evaluation(args: Args):
     """Plays what is missing, then writes metrics.json and tau2's results, and prints the table."""
     settings, tasks = evaluation_settings(args)
     device = grpo.init_distributed()
     slug = re.sub(r"[^\w.-]+", "_", f"{args.model_name_or_path}_{settings['split']}_{args.user}")
     folder = Path(args.output or f"runs/evaluation_{slug}")
-    model, tokenizer = grpo.load_policy(args.model_name_or_path, settings["model_dtype"], device)
+    if is_api_model(args.model_name_or_path, args.api_base):
+        model, tokenizer = args.model_name_or_path, None
+        sampling = {"api_base": args.api_base} if args.api_base is not None else {}
+        if args.api_base is not None:
+            sampling["api_key"] = os.environ.get("OPENAI_API_KEY", "none")
+        sampling.update({name: settings[name] for name in ("temperature", "max_new_tokens")}, retries=args.retries)
+    else:
+        model, tokenizer = grpo.load_policy(args.model_name_or_path, settings["model_dtype"], device)
+        names = ("temperature", "max_new_tokens", "max_context", "max_user_tokens", "max_tool_tokens")
+        sampling = {name: settings[name] for name in names}
     known = open_folder(folder, settings)
 
     def keep(record, episode):
@@ -820,7 +905,6 @@ def run_evaluation(args: Args):
         with open(folder / f"trials_{grpo.rank()}.jsonl", "a") as lines:
             lines.write(json.dumps({**rest, "simulation": simulation.model_dump(mode="json")}) + "\n")
 
-    not_passed = {"model", "split", "model_dtype", *oracle.data_version()}
     metrics = evaluate_tasks(
         model,
         tokenizer,
@@ -829,7 +913,10 @@ def run_evaluation(args: Args):
         at_once=args.at_once,
         known=known,
         on_record=keep,
-        **{name: value for name, value in settings.items() if name not in not_passed},
+        user=args.user,
+        max_turns=settings["max_turns"],
+        seed=args.seed,
+        **sampling,
     )
     grpo.barrier()
     if grpo.rank() > 0:

@@ -14,6 +14,7 @@ What differs from GRPO as published (Shao et al. 2024, arXiv:2402.03300), and wh
 - the vocabulary is projected on at sampled tokens only, in chunks that the backward pass computes again.
 """
 
+import concurrent.futures
 import copy
 import datetime
 import json
@@ -709,12 +710,20 @@ class _Conversation:
     max_context: int
     cut: dict  # tokens that a message of a role is cut to
     on_finish: object
+    opened: object = None  # of an episode that waits for a server: the future of its opening
     finished: bool = False
     turn: int = 0
+    answer: object = None  # of such an episode: the future of its answer to the last turn
 
     def __post_init__(self):
         self.trajectory = Trajectory(self.episode.domain, str(self.episode.task.id))
-        opening = self._cut(self.episode.opening())
+        try:
+            opening = self._cut(self.episode.opening() if self.opened is None else self.opened.result())
+        except Exception as error:
+            if self.opened is None:
+                raise
+            self._fail(error)
+            return
         self.trajectory.append(self.chat.opening(self.episode.system, opening, self.episode.tools))
         if self.room < 1:
             raise ValueError(
@@ -729,22 +738,30 @@ class _Conversation:
         """Tokens that the next turn may have."""
         return min(self.max_new_tokens, self.max_context - len(self.trajectory.token_ids))
 
-    def say(self, ids, logprobs) -> list[int]:
-        """A sampled turn, to its end or to where it was cut. Returns what is to be read before the next one."""
+    def say(self, ids, logprobs, pool=None) -> list[int]:
+        """A sampled turn, to its end or to where it was cut. Returns what is to be read before the next one; nothing
+        where the answer has to be waited for: then `answer` is its future (in `pool`), and `hear` is to be called."""
         stopped = ids[-1] in self.chat.stop_ids
         self.trajectory.append(ids, self.turn, logprobs)
         self.trajectory.truncated_turns += not stopped
         self.turn += 1
         text = self.chat.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
+        if pool is not None and getattr(self.episode, "slow", False):
+            self.answer = pool.submit(self.episode.act, self.chat.parse(text))
+            return []
+        return self.hear(lambda: self.episode.act(self.chat.parse(text)))
+
+    def hear(self, act=None) -> list[int]:
+        """The answer to the last turn, by default the one that was waited for."""
+        answer, self.answer = self.answer, None
         try:
-            answers = self.episode.act(self.chat.parse(text))
+            answers = act() if act is not None else answer.result()
         except Exception as error:  # named in the trajectory, which its group leaves out
-            self.trajectory.valid = False
-            self.trajectory.error = f"{type(error).__name__}: {error}"
-            return self._finish("environment_error")
+            return self._fail(error)
         if self.episode.done:
             return self._finish(self.episode.termination)
-        suffix = ([] if ids[-1] == self.chat.end_id else [self.chat.end_id]) + self.chat.answer(self._cut(answers))
+        ended = self.trajectory.token_ids[-1] == self.chat.end_id
+        suffix = ([] if ended else [self.chat.end_id]) + self.chat.answer(self._cut(answers))
         if len(self.trajectory.token_ids) + len(suffix) >= self.max_context:
             self.episode.stop("max_steps")
             return self._finish("max_steps")
@@ -753,6 +770,11 @@ class _Conversation:
 
     def _cut(self, messages):
         return [self.chat.cut(message, self.cut.get(message["role"])) for message in messages]
+
+    def _fail(self, error):
+        self.trajectory.valid = False
+        self.trajectory.error = f"{type(error).__name__}: {error}"
+        return self._finish("environment_error")
 
     def _finish(self, termination):
         self.finished = True
@@ -789,7 +811,8 @@ def rollout(
     engine: "padded" decodes all conversations in one batch, token by token; "paged" is transformers' continuous
     batching, where answers are read in one piece and common prefixes once; "auto": paged on a GPU, padded elsewhere
     (`python grpo.py` measures both). With a sharded model every rank must call, with episodes or without.
-    An exception of `episode.act` makes the trajectory invalid, with the error's text.
+    An exception of `episode.act` makes the trajectory invalid, with the error's text. Episodes with a true attribute
+    `slow` (their users are models behind a server) are asked in threads, SLOW_AT_ONCE at a time, while others go on.
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
@@ -803,13 +826,24 @@ def rollout(
     max_context = context_length(model, max_context)
     cut = {"tool": max_tool_tokens, "user": max_user_tokens}
     chat = ChatFormat.of(tokenizer)
-    conversations = [_Conversation(e, chat, max_new_tokens, max_context, cut, on_finish) for e in episodes]
-    active = [c for c in conversations if not c.finished]
-    if active:
-        play = _play_paged if engine == "paged" else _play_padded
-        with autocast(model):
-            play(model, tokenizer, active, temperature, generator)
+    pool = concurrent.futures.ThreadPoolExecutor(SLOW_AT_ONCE)
+    try:
+        opened = [pool.submit(e.opening) if getattr(e, "slow", False) else None for e in episodes]
+        conversations = [
+            _Conversation(episode, chat, max_new_tokens, max_context, cut, on_finish, opening)
+            for episode, opening in zip(episodes, opened, strict=True)
+        ]
+        active = [c for c in conversations if not c.finished]
+        if active:
+            play = _play_paged if engine == "paged" else _play_padded
+            with autocast(model):
+                play(model, tokenizer, active, temperature, generator, pool)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     return [c.trajectory for c in conversations]
+
+
+SLOW_AT_ONCE = 32  # conversations that wait for a server at the same time
 
 
 ENGINES = ("auto", "padded", "paged")
@@ -843,7 +877,7 @@ def check_opening(model, tokenizer, episode, max_context=None, max_user_tokens=N
     _Conversation(episode, ChatFormat.of(tokenizer), 1, context_length(model, max_context), cut, None)
 
 
-def _play_padded(model, tokenizer, active, temperature, generator):
+def _play_padded(model, tokenizer, active, temperature, generator, pool=None):
     """All conversations sample one token per forward pass; those that have been answered read the answer first, in a
     pass of their own. Equal prompts are read once."""
     device = model.device
@@ -915,8 +949,9 @@ def _play_padded(model, tokenizer, active, temperature, generator):
             sampled[i].append((token, logprob))
             pending[i] = [token]
             if token in active[i].chat.stop_ids or len(sampled[i]) == active[i].room:
-                pending[i] += active[i].say(*map(list, zip(*sampled[i], strict=True)))
+                pending[i] += active[i].say(*map(list, zip(*sampled[i], strict=True)), pool)
                 sampled[i] = []
+        _wait(active, pending)
         kept = [i for i, c in enumerate(active) if not c.finished]
         if not kept:
             return
@@ -926,18 +961,36 @@ def _play_padded(model, tokenizer, active, temperature, generator):
             lengths = lengths[index]
             for layer in cache.layers:
                 layer.select(index)
-        rows = [i for i, text in enumerate(pending) if len(text) > 1 and not active[i].finished]
+        waiting = {i for i, c in enumerate(active) if c.answer is not None}
+        rows = [i for i, text in enumerate(pending) if len(text) > 1 and not active[i].finished and i not in waiting]
         if rows:
             logits_BV = read_long(rows, [pending[i] for i in rows])
+        elif waiting:
+            rows = [i for i, c in enumerate(active) if not c.finished and i not in waiting]
+            logits_BV = read(rows, [pending[i][:1] for i in rows])
         else:
             rows = list(range(len(active)))
             logits_BV = read(None, [text[:1] for text in pending])
 
 
+def _wait(active, pending):
+    """Takes the answers that have come; where every conversation waits for one, until one has."""
+    while True:
+        going = False
+        for i, c in enumerate(active):
+            if c.answer is not None and c.answer.done():
+                pending[i] += c.hear()
+            going = going or (c.answer is None and not c.finished)
+        futures = [c.answer for c in active if c.answer is not None]
+        if going or not futures:
+            return
+        concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+
+
 PAGE = 16  # tokens; what is not a whole page is read again when its conversation goes on
 
 
-def _play_paged(model, tokenizer, active, temperature, generator):
+def _play_paged(model, tokenizer, active, temperature, generator, pool=None):
     """transformers' continuous batching: one manager, and so one cache, for this rollout and no longer. A conversation
     goes on as soon as it is answered; what it shares with any other one so far, or with itself, is not read again."""
     settings = GenerationConfig(
@@ -964,17 +1017,26 @@ def _play_paged(model, tokenizer, active, temperature, generator):
         manager.start()
         try:
             _read_shared_prefixes(manager, active)
-            for i, c in enumerate(active):
-                manager.add_request(c.trajectory.token_ids, str(i), max_new_tokens=c.room)
-            waiting = len(active)
-            while waiting:
-                result = _next_result(manager)
-                c = active[int(result.request_id)]
-                c.say(result.generated_tokens, result.logprobs)
-                if c.finished:
-                    waiting -= 1
-                else:
-                    manager.add_request(c.trajectory.token_ids, result.request_id, max_new_tokens=c.room)
+            sampling = set(range(len(active)))  # of whom the manager has a request
+            going_on = list(sampling)
+            while not all(c.finished for c in active):
+                for i in going_on:
+                    manager.add_request(active[i].trajectory.token_ids, str(i), max_new_tokens=active[i].room)
+                asked = {c.answer: i for i, c in enumerate(active) if c.answer is not None}
+                answered = []
+                if not sampling:
+                    concurrent.futures.wait(asked, return_when=concurrent.futures.FIRST_COMPLETED)
+                elif (result := _next_result(manager, patient=not asked)) is not None:
+                    i = int(result.request_id)
+                    sampling.remove(i)
+                    active[i].say(result.generated_tokens, result.logprobs, pool)
+                    answered += [i] if active[i].answer is None else []
+                for answer, i in asked.items():
+                    if answer.done():
+                        active[i].hear()
+                        answered.append(i)
+                going_on = [i for i in answered if not active[i].finished]
+                sampling.update(going_on)
         finally:
             manager.stop(block=True, hard_stop=True)
 
@@ -1000,12 +1062,15 @@ def _common_prefix(a, b):
     return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))]
 
 
-def _next_result(manager):
+def _next_result(manager, patient=True):
+    """A finished request; impatiently None if there is none soon."""
     result = None
     while result is None:
-        result = manager.get_result(timeout=1.0)
+        result = manager.get_result(timeout=1.0 if patient else 0.02)
         if result is None and not manager.is_running():
             raise RuntimeError(f"continuous batching stopped: {manager.background_thread_status.fatal_error}")
+        if result is None and not patient:
+            return None
     if result.error is not None:
         raise ValueError(f"paged rollouts failed: {result.error}; take fewer conversations at once, or engine padded")
     return result

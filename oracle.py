@@ -38,7 +38,7 @@ from loguru import logger
 logger.disable("tau2")
 
 from tau2.agent.llm_agent import LLMAgent, LLMSoloAgent
-from tau2.data_model.message import AssistantMessage, SystemMessage, ToolCall, UserMessage
+from tau2.data_model.message import AssistantMessage, MultiToolMessage, SystemMessage, ToolCall, UserMessage
 from tau2.data_model.simulation import (
     AgentInfo,
     DBCheck,
@@ -57,15 +57,19 @@ from tau2.evaluator.evaluator import EvaluationType, evaluate_simulation
 from tau2.evaluator.evaluator_action import ActionEvaluator
 from tau2.evaluator.evaluator_communicate import CommunicateEvaluator
 from tau2.registry import registry
+from tau2.user.base import OUT_OF_SCOPE, TRANSFER, is_valid_user_history_message
+from tau2.user.user_simulator import UserSimulator
 from tau2.utils.utils import DATA_DIR
 
 # A tool stores whatever the agent passed, so a dump may hold a string where the schema says a number.
 warnings.filterwarnings("ignore", message="Pydantic serializer warnings")
+warnings.filterwarnings("ignore", message="Items? .* on TypedDict class")  # of litellm's own types, at a first request
 
 DOMAINS = ("airline", "retail", "telecom")
 GREETING = "Hi! How can I help you today?"  # tau2.orchestrator's first agent message
-STOP = "###STOP###"  # tau2.user.base.STOP and LLMSoloAgent.STOP_TOKEN
+STOP = "###STOP###"  # tau2.user.base.STOP and LLMSoloAgent.STOP_TOKEN; tau2's other words that end it are imported
 MAX_ERRORS = 10  # tau2.config.DEFAULT_MAX_ERRORS
+MAX_USER_STEPS = 20  # rounds of tool calls of a user between two turns of the agent
 MAX_TEXT = 20_000  # characters of one agent message, or of one tool call's arguments
 GRADED = ("user_stop", "agent_stop")  # tau2 gives every other termination a reward of 0
 
@@ -308,6 +312,10 @@ def first_person(text: str) -> str:
     return " ".join(text.split())
 
 
+class UserFailed(RuntimeError):
+    """The simulated user gave no usable answer. The conversation says nothing about the agent: it becomes invalid."""
+
+
 class ScriptedUser:
     """A deterministic user: states the whole scenario, agrees to what is asked, then stops.
 
@@ -315,7 +323,9 @@ class ScriptedUser:
     simulated user, so every score names the user.
     """
 
-    def __init__(self, task: Task):
+    slow = False  # does not wait for a server
+
+    def __init__(self, task: Task, env: Environment):
         instructions = task.user_scenario.instructions
         if isinstance(instructions, str):
             parts = [instructions]
@@ -334,8 +344,94 @@ class ScriptedUser:
             return "Yes, please go ahead."
         return STOP
 
+    def speak(self, incoming, episode) -> UserMessage:
+        """The answer to `incoming`: the agent's text, or the results of the user's own tool calls. May call tools."""
+        first = not any(isinstance(message, UserMessage) for message in episode.messages)
+        text = self.opening() if first else self.reply(incoming.content, acted=episode.calls > 0)
+        return UserMessage(role="user", content=text)
 
-USERS = {"scripted": ScriptedUser}  # name -> class(task) with opening() and reply(text, acted); add yours here
+
+class ScriptedToolUser(ScriptedUser):
+    """The same where the user has tools of its own (telecom, with the dual control kept): calls every one that the
+    agent names, with the JSON object that may follow its name, and reports what they returned."""
+
+    def __init__(self, task, env):
+        super().__init__(task, env)
+        names = sorted((tool.name for tool in env.get_user_tools()), key=len, reverse=True) if env.user_tools else []
+        self.pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b\s*\(?" if names else r"(?!)")
+
+    def requested(self, text) -> list[ToolCall]:
+        """What the agent's text asks the user to call."""
+        calls = []
+        for match in self.pattern.finditer(text):
+            arguments, rest = {}, text[match.end() :].lstrip()
+            if rest.startswith("{"):
+                try:
+                    arguments, _ = json.JSONDecoder().raw_decode(rest)
+                except (ValueError, RecursionError):
+                    continue
+            calls.append(ToolCall(id="", name=match.group(1), arguments=arguments, requestor="user"))
+        return calls[:MAX_ERRORS]
+
+    def speak(self, incoming, episode):
+        if isinstance(incoming, AssistantMessage):
+            calls = self.requested(incoming.content)
+            return UserMessage(role="user", tool_calls=calls) if calls else super().speak(incoming, episode)
+        results = incoming.tool_messages if isinstance(incoming, MultiToolMessage) else [incoming]
+        return UserMessage(role="user", content="\n".join(result.content or "" for result in results))
+
+
+class SimulatedUser:
+    """tau2's own UserSimulator, unchanged: a language model with tau2's guidelines, the task's scenario and the user's
+    tools, behind any API that litellm speaks. What fails (time-out, refusal, malformed answer) is tried again, a
+    second, two, four later; then UserFailed."""
+
+    slow = True
+    TRIES, BACKOFF = 4, 1.0  # seconds before the second try, twice as many before each further one
+
+    def __init__(self, task, env, llm, **llm_args):
+        tools = env.get_user_tools() if env.user_tools is not None else None
+        self.simulator = UserSimulator(tools, str(task.user_scenario), llm, llm_args)
+        self.state = None
+
+    def speak(self, incoming, episode):
+        if self.state is None:
+            heard = [message for message in episode.messages[:-1] if is_valid_user_history_message(message)]
+            self.state = self.simulator.get_init_state(heard)
+        for attempt in range(self.TRIES):
+            state = self.state.model_copy(update={"messages": list(self.state.messages)})
+            try:
+                message, state = self.simulator.generate_next_message(incoming, state)
+                if not message.tool_calls and not (message.content or "").strip():
+                    raise ValueError("the answer is empty")
+                calls = [_checked_call(call, call.id) for call in message.tool_calls or []]
+            except Exception as error:  # of the network, of the server, of what the model wrote
+                failure = error
+            else:
+                message.tool_calls = [call.model_copy(update={"requestor": "user"}) for call in calls] or None
+                message.raw_data, self.state = None, state
+                return message
+            if attempt + 1 < self.TRIES:
+                time.sleep(self.BACKOFF * 2**attempt)
+        reason = " ".join(str(failure).split())[:300]
+        raise UserFailed(f"the user {self.simulator.llm} failed {self.TRIES} times: {type(failure).__name__}: {reason}")
+
+
+# name -> class(task, env) with `slow` and speak(incoming, episode); add yours here
+USERS = {"scripted": ScriptedUser, "scripted-tools": ScriptedToolUser}
+
+
+def scripted_like(user) -> str:
+    """The scripted user of demonstrations for a policy that will talk to `user`."""
+    return "scripted-tools" if getattr(USERS.get(user), "func", None) is SimulatedUser else user
+
+
+def use_model_as_user(llm, api_base=None, **llm_args):
+    """Makes a language model, by its litellm name (openai/NAME for any OpenAI-compatible server at `api_base`), a user
+    of that name. `llm_args`: litellm's, such as temperature, seed, timeout, api_key."""
+    if api_base is not None:
+        llm_args = {"api_base": api_base, "api_key": os.environ.get("OPENAI_API_KEY", "none"), **llm_args}
+    USERS[llm] = functools.partial(SimulatedUser, llm=llm, **{"timeout": 120, "num_retries": 0, **llm_args})
 
 
 # -------------------------------------------------------------------------------------------- episodes
@@ -418,7 +514,7 @@ def strip_thinking(text: str | None) -> str:
 
 def is_solo(domain, user) -> bool:
     """Whether the agent has a ticket and both tool sets instead of a user."""
-    return user == "solo" or _template(domain, False).user_tools is not None
+    return user == "solo" or (user == "scripted" and _template(domain, False).user_tools is not None)
 
 
 class Episode:
@@ -429,7 +525,10 @@ class Episode:
     TerminationReason value, "" while running), turns (agent turns taken), errors.
 
     `user` names an entry of USERS. Where the user has tools of its own (telecom), "scripted" means tau2's solo mode:
-    a ticket instead of a user, both tool sets in the agent's hands, and the tool `done` to end. "solo" asks for it.
+    a ticket instead of a user, both tool sets in the agent's hands, and the tool `done` to end. "solo" asks for it;
+    "scripted-tools" keeps the dual control.
+
+    slow: whether opening() and act() may wait for a server, so that others had better not wait for them.
     """
 
     def __init__(self, domain, task, user="scripted", max_turns=30):
@@ -442,14 +541,15 @@ class Episode:
         if self.solo and not task.ticket:
             raise ValueError(f"task {task.id} of {domain} has no ticket, which solo mode needs")
         self.env = make_env(domain, task, self.solo)
-        self.user = None if self.solo else USERS[user](task)
+        self.user = None if self.solo else USERS[user](task, self.env)
+        self.slow = self.user is not None and getattr(self.user, "slow", False)
         self.system, self.tools = _agent_view(domain, self.solo)
         if self.solo:
             self.system = LLMSoloAgent.system_prompt.fget(_SoloPrompt(self.env.policy, task))
         history = task.initial_state.message_history if task.initial_state is not None else None
         self.messages = copy.deepcopy(history or [])
         self.done, self.termination = False, ""
-        self.turns = self.calls = self.failed_calls = self.errors = 0
+        self.turns = self.calls = self.user_calls = self.failed_calls = self.errors = 0
         self.started = self.ended = datetime.datetime.now()
         self._opened = False
 
@@ -465,8 +565,7 @@ class Episode:
                     self.messages.append(AssistantMessage(role="assistant", content=GREETING))
                     self._opening.append({"role": "assistant", "content": GREETING})
                 if not isinstance(self.messages[-1], UserMessage):
-                    self.messages.append(UserMessage(role="user", content=self.user.opening()))
-                    self._opening.append({"role": "user", "content": self.user.opening()})
+                    self._opening += self._hear_user()
         return copy.deepcopy(self._opening)
 
     def act(self, message) -> list[dict]:
@@ -544,11 +643,31 @@ class Episode:
 
     def _ask_user(self, content):
         self.messages.append(AssistantMessage(role="assistant", content=content))
-        reply = self.user.reply(content, acted=self.calls > 0)
-        self.messages.append(UserMessage(role="user", content=reply))
-        if STOP in reply:
+        return self._hear_user()
+
+    def _hear_user(self):
+        """What the user answers to the last message; its tool calls, which the agent does not see, are carried out."""
+        reply = self.user.speak(self.messages[-1], self)
+        for _ in range(MAX_USER_STEPS):
+            if not reply.tool_calls:
+                break
+            for call in reply.tool_calls:
+                self.user_calls += 1
+                call.id = f"user_call_{self.user_calls}"  # tau2 wants ids that occur once
+            self.messages.append(reply)
+            results = [self.env.get_response(call) for call in reply.tool_calls]
+            self.errors += sum(result.error for result in results)
+            self.messages += results
+            several = len(results) > 1
+            reply = self.user.speak(
+                MultiToolMessage(role="tool", tool_messages=results) if several else results[0], self
+            )
+        else:
+            raise UserFailed(f"the user called tools {MAX_USER_STEPS} times without a word to the agent")
+        self.messages.append(reply)
+        if any(word in reply.content for word in (STOP, TRANSFER, OUT_OF_SCOPE)):
             return self._end("user_stop")
-        return [{"role": "user", "content": reply}]
+        return [{"role": "user", "content": reply.content}]
 
     def stop(self, reason="max_steps"):
         """Ends the conversation from outside; `reason` is a tau2 TerminationReason."""
@@ -740,12 +859,15 @@ def tool_accuracy(episode: Episode) -> float | None:
 
 
 def demonstrate(domain, task, user="scripted") -> Episode:
-    """The gold actions as an episode: one tool call a turn, then what must be communicated. Reward 1.0 on every
-    base task of airline, retail and telecom."""
+    """The gold actions as an episode: one tool call a turn (what is the user's to do is asked for), then what must be
+    communicated. Reward 1.0 on every base task of airline, retail and telecom, with both scripted users."""
     criteria = task.evaluation_criteria
     actions = (criteria.actions or []) if criteria is not None else []
     episode = Episode(domain, task, user, max_turns=len(actions) + 10)
     for action in actions:
+        if action.requestor == "user" and not episode.solo:
+            episode.act({"content": f"Please call {action.name}({json.dumps(action.arguments)})"})
+            continue
         call = {"function": {"name": action.name, "arguments": action.arguments}}
         episode.act({"role": "assistant", "content": None, "tool_calls": [call]})
     if episode.solo:

@@ -74,7 +74,10 @@ class Args:
     train_split: float = 0.8
     """share of tasks to train on, for domains without splits of their own"""
     user: str = "scripted"
-    """the user simulator; telecom is played in tau2's solo mode"""
+    """scripted (telecom in tau2's solo mode), scripted-tools (telecom with the user's own tools), solo, or a litellm
+    name such as openai/NAME: tau2's simulated user"""
+    user_api_base: str | None = None
+    """that user's model is served here, by an OpenAI-compatible API"""
     max_turns: int = 30
     """agent turns per conversation"""
     seed: int = 0
@@ -767,8 +770,9 @@ def warmup_step(trainer: Trainer) -> float:
 def demonstration(trainer: Trainer, ref) -> grpo.Trajectory:
     if ref not in trainer.demonstrations:
         args, task = trainer.args, trainer.task(ref)
-        turns = oracle.agent_turns(oracle.demonstrate(ref.domain, task, args.user))
-        episode = oracle.Episode(ref.domain, task, args.user, max_turns=len(turns) + 1)
+        user = oracle.scripted_like(args.user)
+        turns = oracle.agent_turns(oracle.demonstrate(ref.domain, task, user))
+        episode = oracle.Episode(ref.domain, task, user, max_turns=len(turns) + 1)
         limits = {"max_user_tokens": args.max_user_tokens, "max_tool_tokens": args.max_tool_tokens}
         trainer.demonstrations[ref] = grpo.demonstration(trainer.tokenizer, episode, turns, **limits)
     return trainer.demonstrations[ref]
@@ -1020,6 +1024,8 @@ def check(args: Args):
     for name, (wanted, holds) in bounds.items():
         if not holds(getattr(args, name)):
             raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)}")
+    if "/" in args.user:
+        oracle.use_model_as_user(args.user, args.user_api_base, temperature=0.0)
     choices = {
         "task_selection": ("all", "short"),
         "loss_type": grpo.LOSS_TYPES,
@@ -1117,7 +1123,7 @@ def set_up(args: Args, device="cpu") -> Trainer:
     grpo.choose_engine(model, args.rollout_engine)
     for domain, tasks in [*train_tasks.items(), *eval_tasks.items()]:
         for task in tasks:
-            episode = oracle.Episode(domain, task, args.user, args.max_turns)
+            episode = oracle.Episode(domain, task, oracle.scripted_like(args.user), args.max_turns)
             limits = (args.max_context, args.max_user_tokens, args.max_tool_tokens)
             grpo.check_opening(model, tokenizer, episode, *limits)
     if not args.resume:
@@ -1258,7 +1264,8 @@ def summarize(trainer: Trainer) -> dict:
     args, state = trainer.args, trainer.state
     order = args.task_order
     baseline = [state["baseline"][d] for d in order]
-    note = f"{args.user} user (telecom: solo mode), {args.eval_split} split, {oracle.data_version()['tau2']}"
+    solo = " (telecom: solo mode)" if args.user == "scripted" else ""
+    note = f"{args.user} user{solo}, {args.eval_split} split, {oracle.data_version()['tau2']}"
     if args.model_name_or_path == "tiny":
         note += "; the embedded policy memorises a few training tasks, this is no benchmark score"
     return {

@@ -22,6 +22,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -449,6 +451,66 @@ def test_the_most_likely_tokens_are_the_same_whichever_way_they_are_decoded(tiny
         for t in trajectories:
             assert t.turns == [-1 if not m else k for m, k in zip(t.action_mask, t.turns, strict=True)]
     assert played[0] == played[1] == played[2]
+
+
+class SlowChatter(Chatter):
+    slow = True
+
+    def __init__(self, number, turns=3, wait=0.0):
+        super().__init__(number, turns)
+        self.wait, self.threads = wait, set()
+
+    def opening(self):
+        if self.wait is None:
+            raise ConnectionError("no server")
+        return super().opening()
+
+    def act(self, message):
+        self.threads.add(threading.current_thread().name)
+        time.sleep(self.wait)
+        if self.task.id == 5:
+            raise TimeoutError("the server does not answer")
+        return super().act(message)
+
+
+@pytest.mark.parametrize("engine", ["padded", "paged"])
+def test_conversations_that_wait_for_a_server_are_played_beside_the_others(tiny, engine):
+    model, _ = tiny
+    waits = (0.0, 0.3, 0.05, 0.3, 0.2, 0.1, None, 0.3)
+    episodes = [SlowChatter(n % 6, 3, wait) for n, wait in enumerate(waits)] + [Chatter(3, 5), Chatter(1, 2)]
+    finished = []
+    start = time.perf_counter()
+    played = play(
+        tiny, episodes, engine=engine, on_finish=lambda *ended: finished.append((*ended, threading.current_thread()))
+    )
+    assert time.perf_counter() - start < 0.7 * 3 * sum(wait or 0 for wait in waits) + 2
+    assert [(e, t) for e, t, _ in sorted(finished, key=lambda end: episodes.index(end[0]))] == list(
+        zip(episodes, played, strict=True)
+    )
+    assert {thread for *_, thread in finished} == {threading.current_thread()}
+    assert [t.valid for t in played] == [True] * 5 + [False, False, True, True, True]
+    assert (
+        played[5].error == "TimeoutError: the server does not answer"
+        and played[6].error == "ConnectionError: no server"
+    )
+    assert [len(e.heard) for e in episodes] == [3] * 5 + [0, 0, 3, 5, 2]
+    assert all(threading.current_thread().name not in e.threads for e in episodes[:8])
+    for t in played:
+        if not t.valid:
+            continue
+        ids = torch.tensor([t.token_ids])
+        full = token_logprobs(model, ids, torch.ones_like(ids), 1.0)[0]
+        mask = torch.tensor(t.action_mask)
+        torch.testing.assert_close(torch.tensor(t.logprobs)[mask], full[mask], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("engine", ["padded", "paged"])
+def test_waiting_changes_nothing_of_what_is_said(tiny, engine):
+    played = []
+    for kind in (Chatter, SlowChatter):
+        found = play(tiny, [kind(n % 4, 3) for n in range(7)], temperature=0, engine=engine, max_new_tokens=9)
+        played.append([t.token_ids for t in found])
+    assert played[0] == played[1]
 
 
 class Lecture(Chatter):
