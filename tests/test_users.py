@@ -17,6 +17,7 @@ from tau2.data_model.message import AssistantMessage, ToolMessage, UserMessage
 import eval as evaluation
 import grpo
 import oracle
+import train
 
 # ---------------------------------------------------------------------------------------- scripted, with tools
 
@@ -291,3 +292,37 @@ def test_an_agent_behind_a_server_that_fails_is_counted_as_invalid(told, tmp_pat
     with pytest.raises(evaluation.StopRun, match=r"4 of 4 conversations ended in an error .* InternalServerError"):
         evaluation.run_evaluation(args)
     assert all(r["reward"] is None for r in evaluation.read_trials(tmp_path / "out"))
+
+
+def test_a_policy_is_trained_with_tau2s_simulated_user(told, tmp_path):
+    address, answers, asked = told
+    answers += [{"content": "My phone does not work. ###STOP###"}]
+    flags = [
+        "--task_order",
+        "telecom",
+        "--max_tasks_per_domain",
+        "1",
+        "--num_steps_per_task",
+        "1",
+        "--warmup_steps",
+        "1",
+        "--max_turns",
+        "2",
+    ]
+    flags += [
+        "--max_new_tokens",
+        "4",
+        "--batch_size_per_gpu",
+        "1",
+        "--num_samples_per_prompt",
+        "2",
+        "--eval_trials",
+        "1",
+        "--run_name",
+        "r",
+    ]
+    flags += ["--user", "openai/m", "--user_api_base", address, "--runs_dir", str(tmp_path)]
+    summary = train.train(train.parse_args(flags))
+    assert summary["user"] == "openai/m" and "solo" not in summary["note"] and len(asked) > 3
+    records = evaluation.read_jsonl(tmp_path / "r" / "trajectories.jsonl")
+    assert all(r["reward"] == 0.0 and r["messages"][1]["content"].startswith("My phone") for r in records)
