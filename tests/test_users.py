@@ -297,32 +297,10 @@ def test_an_agent_behind_a_server_that_fails_is_counted_as_invalid(told, tmp_pat
 def test_a_policy_is_trained_with_tau2s_simulated_user(told, tmp_path):
     address, answers, asked = told
     answers += [{"content": "My phone does not work. ###STOP###"}]
-    flags = [
-        "--task_order",
-        "telecom",
-        "--max_tasks_per_domain",
-        "1",
-        "--num_steps_per_task",
-        "1",
-        "--warmup_steps",
-        "1",
-        "--max_turns",
-        "2",
-    ]
-    flags += [
-        "--max_new_tokens",
-        "4",
-        "--batch_size_per_gpu",
-        "1",
-        "--num_samples_per_prompt",
-        "2",
-        "--eval_trials",
-        "1",
-        "--run_name",
-        "r",
-    ]
-    flags += ["--user", "openai/m", "--user_api_base", address, "--runs_dir", str(tmp_path)]
-    summary = train.train(train.parse_args(flags))
+    sizes = "--max_tasks_per_domain 1 --num_steps_per_task 1 --batch_size_per_gpu 1 --num_samples_per_prompt 2"
+    limits = "--warmup_steps 1 --max_turns 2 --max_new_tokens 4 --eval_trials 1"
+    names = f"--task_order telecom --user openai/m --user_api_base {address} --runs_dir {tmp_path} --run_name r"
+    summary = train.train(train.parse_args(f"{names} {sizes} {limits}".split()))
     assert summary["user"] == "openai/m" and "solo" not in summary["note"] and len(asked) > 3
     records = evaluation.read_jsonl(tmp_path / "r" / "trajectories.jsonl")
     assert all(r["reward"] == 0.0 and r["messages"][1]["content"].startswith("My phone") for r in records)
