@@ -12,8 +12,10 @@ Every random draw is a function of the seed and the position in the run, so that
 none. A step's loss is normalised by counts over all ranks: how trajectories are split does not change the gradient.
 """
 
+import atexit
 import dataclasses
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -208,6 +210,10 @@ class Args:
     """directory under runs_dir; default: algorithm, seed and time"""
     runs_dir: str = "runs"
     """where runs are written"""
+    wandb_project: str | None = None
+    """also log to this project of Weights & Biases (package wandb)"""
+    tensorboard: bool = False
+    """also log to TensorBoard, into the run's directory (package tensorboard)"""
     resume: str | None = None
     """continue this run directory from its last checkpoint, with its own settings"""
     checkpoint_every: int = 10
@@ -308,6 +314,7 @@ class Trainer:
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     demonstrations: dict = field(default_factory=dict)
     signals: "Signals | None" = None
+    trackers: list = field(default_factory=list)  # see `open_trackers`
     started: float = field(default_factory=time.perf_counter)  # what `state["seconds"]` does not count yet
     state: dict = field(default_factory=initial_state)
 
@@ -821,6 +828,47 @@ def append_jsonl(path, records):
 def log(trainer, record):
     position = {"global_step": trainer.step, "seconds": round(trainer.state["seconds"] + clock(trainer), 2)}
     append_jsonl(trainer.run / "metrics.jsonl", [{**record, **position}])
+    for write in trainer.trackers:
+        write(scalars(record), trainer.step)
+
+
+def scalars(record, prefix="") -> dict[str, float]:
+    """The numbers of a record, nested ones too, by names such as step/reward and evaluation/domain/scores/airline."""
+    name = "/".join(str(record[key]) for key in ("kind", "stage") if key in record)
+    found = {}
+    for key, value in record.items():
+        path = f"{prefix or name}/{key}"
+        if isinstance(value, dict):
+            found.update(scalars(value, path))
+        elif isinstance(value, (int, float)):  # and bool
+            found[path] = float(value)
+    return found
+
+
+def open_trackers(args: Args, run) -> list:
+    """Functions (scalars, step) that log to where the flags say. A resumed run goes on where it was."""
+    trackers = []
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run / "tensorboard")
+
+        def to_tensorboard(values, step):
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        trackers.append(to_tensorboard)
+    if args.wandb_project is not None:
+        import wandb
+
+        about = {"project": args.wandb_project, "name": run.name, "id": run.name, "resume": "allow", "dir": str(run)}
+        quiet = wandb.Settings(silent=True, console="off")
+        logged = wandb.init(**about, config=dataclasses.asdict(args), settings=quiet)
+        atexit.register(logged.finish)
+        # Its own steps must not fall, and evaluations of a step come after it: the step is a value among others.
+        trackers.append(lambda values, step: logged.log({**values, "optimiser_step": step}))
+    return trackers
 
 
 def clock(trainer):
@@ -1024,6 +1072,10 @@ def check(args: Args):
     for name, (wanted, holds) in bounds.items():
         if not holds(getattr(args, name)):
             raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)}")
+    packages = {"wandb_project": ("wandb", args.wandb_project), "tensorboard": ("tensorboard", args.tensorboard)}
+    for flag, (package, wanted) in packages.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"--{flag} needs the package {package}, which is not installed: pip install {package}")
     if "/" in args.user:
         oracle.use_model_as_user(args.user, args.user_api_base, temperature=0.0)
     choices = {
@@ -1313,6 +1365,8 @@ def train(args: Args) -> dict:
         changed = {name: value for name, value in TINY.items() if getattr(args, name) == value}
         say("settings of the embedded policy: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
     say(f"writing {trainer.run}")
+    if grpo.rank() == 0:
+        trainer.trackers = open_trackers(args, trainer.run)
     trainer.signals = Signals()
     try:
         run_stages(trainer)

@@ -37,7 +37,8 @@ SMALL_FLAGS = """
     --checkpoint_every 1
 """
 SMALL = SMALL_FLAGS.split()
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "NO_COLOR": "1"}
 
 
 def small_args(tmp_path, *flags) -> Args:
@@ -1182,3 +1183,47 @@ def test_the_readmes_algorithms_run(name, code, tmp_path):
     path.write_text(code)
     summary = train.train(small_args(tmp_path, "--cl_algorithm", f"{path}:{name}", "--num_steps_per_task", "1"))
     assert len(summary["R"]) == 2
+
+
+# -------------------------------------------------------------------------------------------------- trackers
+
+
+def test_scalars_of_a_record_have_names_that_say_where_they_come_from():
+    record = {"kind": "evaluation", "stage": "domain", "scores": {"airline": 0.5}, "details": {"airline": {"turns": 3}}}
+    assert train.scalars({**record, "label": "x", "nothing": None}) == {
+        "evaluation/domain/scores/airline": 0.5,
+        "evaluation/domain/details/airline/turns": 3.0,
+    }
+    assert train.scalars({"kind": "step", "reward": 0.25}) == {"step/reward": 0.25}
+
+
+@pytest.mark.parametrize("flags", [["--wandb_project", "x"], ["--tensorboard"]])
+def test_a_tracker_that_is_not_installed_is_named(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    error = fail(monkeypatch, capsys, *SMALL, "--runs_dir", str(tmp_path / "runs"), *flags)
+    package = "wandb" if "wandb" in flags[0] else "tensorboard"
+    assert f"needs the package {package}" in error and f"pip install {package}" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_logged_to_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.train(small_args(tmp_path, "--run_name", "r", "--tensorboard"))
+    logged = EventAccumulator(str(tmp_path / "r" / "tensorboard"))
+    logged.Reload()
+    steps = [r for r in evaluation.read_jsonl(tmp_path / "r" / "metrics.jsonl") if r["kind"] == "step"]
+    found = [(event.step, event.value) for event in logged.Scalars("step/reward")]
+    assert found == [(r["global_step"], pytest.approx(r["reward"])) for r in steps]
+    assert "evaluation/domain/scores/airline" in logged.Tags()["scalars"]
+
+
+def test_a_run_is_logged_to_wandb_without_a_network(tmp_path):
+    pytest.importorskip("wandb")
+    flags = [*SMALL, "--runs_dir", str(tmp_path), "--run_name", "r", "--wandb_project", "rehearse"]
+    shown = run_script("train.py", *flags, env={**ENV, "WANDB_MODE": "offline"})
+    assert shown.returncode == 0, shown.stderr
+    assert "wandb:" not in shown.stdout + shown.stderr and "sync" not in shown.stderr  # our lines only
+    (written,) = (tmp_path / "r" / "wandb").glob("offline-run-*/run-r.wandb")
+    assert b"evaluation/domain/scores/airline" in written.read_bytes()
