@@ -860,6 +860,8 @@ def open_trackers(args: Args, run) -> list:
 
         trackers.append(to_tensorboard)
     if args.wandb_project is not None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it would advertise it
         import wandb
 
         about = {"project": args.wandb_project, "name": run.name, "id": run.name, "resume": "allow", "dir": str(run)}
