@@ -14,9 +14,12 @@ import functools
 import json
 import math
 import os
+import queue
 import re
 import sys
 import textwrap
+import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,7 @@ from tqdm import tqdm
 
 import grpo
 import oracle
+from oracle import litellm  # which sets what it reads at its import
 
 PASS = 1 - 1e-6  # tau2 counts a reward of 1 as a pass (tau2.metrics.agent_metrics.is_successful)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: safe for every eye
@@ -215,7 +219,6 @@ def play_api(episodes, llm, on_finish, concurrency=16, retries=3, temperature=0.
     """Plays the episodes with an agent behind an API, by its litellm name, `concurrency` of them at a time; what fails
     `retries` times more, with litellm's back-off, makes its episode invalid. `llm_args`: litellm's (api_base, seed).
     """
-    import litellm
 
     def complete(messages, tools):
         limits = {"temperature": temperature, "max_tokens": max_new_tokens, "num_retries": retries, "timeout": 300}
@@ -253,6 +256,110 @@ def play_api(episodes, llm, on_finish, concurrency=16, retries=3, temperature=0.
             on_finish(*future.result())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+class PolicyRequest:
+    """One answer of a local policy, as an episode of a single turn for grpo.rollout."""
+
+    def __init__(self, messages, tools):
+        self.domain, self.task, self.system, self.tools = "request", self, messages[0]["content"], tools
+        self.id, self.done, self.termination = "0", False, "user_stop"
+        self.messages = [_with_parsed_arguments(message) for message in messages[1:]]
+        self.answer = concurrent.futures.Future()
+        self.said = None
+
+    def opening(self):
+        return self.messages
+
+    def act(self, message):
+        self.said, self.done = message, True
+        return []
+
+
+def _with_parsed_arguments(message):
+    """As chat templates want it; litellm has a call's arguments as JSON text."""
+    calls = [
+        {
+            "type": "function",
+            "function": {"name": c["function"]["name"], "arguments": json.loads(c["function"]["arguments"])},
+        }
+        for c in message.get("tool_calls") or []
+    ]
+    plain = {"role": message["role"], "content": message.get("content") or ""}
+    return {**plain, "tool_calls": calls} if calls else plain
+
+
+class PolicyProvider(litellm.CustomLLM):
+    """Local policies as models that litellm knows by the name policy/PATH, so that tau2's simulated user can be one.
+    Requests that wait at the same time are answered in one batch."""
+
+    def __init__(self, model_dtype, device, max_new_tokens=512):
+        super().__init__()
+        self.model_dtype, self.device, self.max_new_tokens = model_dtype, device, max_new_tokens
+        self.waiting = {}  # path -> queue of requests
+
+    def load(self, path):
+        model, tokenizer = grpo.load_policy(path, self.model_dtype, self.device)
+        self.waiting[path] = queue.SimpleQueue()
+        threading.Thread(target=self.serve, args=(model, tokenizer, self.waiting[path]), daemon=True).start()
+
+    def serve(self, model, tokenizer, waiting):
+        while True:
+            batch = [waiting.get()]
+            time.sleep(0.01)  # others come at about the same time
+            while not waiting.empty() and len(batch) < 64:
+                batch.append(waiting.get())
+            for temperature in {temperature for _, temperature in batch}:
+                self.answer(model, tokenizer, [r for r, t in batch if t == temperature], temperature)
+
+    def answer(self, model, tokenizer, requests, temperature):
+        played = []
+        for request in requests:
+            try:
+                grpo.check_opening(model, tokenizer, request)
+                played.append(request)
+            except Exception as error:  # too long, or not for this template: of this request alone
+                request.answer.set_exception(error)
+        try:
+            settings = {"temperature": temperature, "max_new_tokens": self.max_new_tokens}
+            trajectories = grpo.rollout(model, tokenizer, played, **settings) if played else []
+            for request, trajectory in zip(played, trajectories, strict=True):
+                request.answer.set_result((request.said, sum(trajectory.action_mask)))
+        except Exception as error:
+            for request in played:
+                request.answer.set_exception(error)
+
+    def completion(self, model, messages, model_response, optional_params, *args, **kwargs):
+        """litellm's interface: fills model_response."""
+        request = PolicyRequest(messages, optional_params.get("tools"))
+        self.waiting[model].put((request, optional_params.get("temperature", 0.0)))
+        said, tokens = request.answer.result()
+        calls = []
+        for k, call in enumerate(said["tool_calls"]):
+            function = call["function"]
+            if function["name"] is None:
+                raise ValueError(function["error"])
+            calls.append(
+                {
+                    "id": f"call_{k}",
+                    "type": "function",
+                    "function": {**function, "arguments": json.dumps(function["arguments"])},
+                }
+            )
+        model_response.model = model
+        model_response.choices[0].message = litellm.Message(content=said["content"] or None, tool_calls=calls or None)
+        model_response.usage = litellm.Usage(prompt_tokens=0, completion_tokens=tokens, total_tokens=tokens)
+        return model_response
+
+
+def use_policy_as_user(path, model_dtype, device, **llm_args):
+    """Makes the local policy at `path` a user by the name policy:PATH, with tau2's guidelines."""
+    provider = PolicyProvider(model_dtype, device)
+    provider.load(path)
+    litellm.custom_provider_map = [{"provider": "policy", "custom_handler": provider}]
+    litellm.utils.custom_llm_setup()
+    oracle.use_model_as_user(f"policy/{path}", allowed_openai_params=["tools", "tool_choice"], **llm_args)
+    oracle.USERS[f"policy:{path}"] = oracle.USERS.pop(f"policy/{path}")
 
 
 def measure(records, domain, tasks, num_trials) -> dict:
@@ -735,7 +842,8 @@ class Args:
     num_trials: int = 1
     """episodes per task; pass^1 to pass^num_trials are reported"""
     user: str = "scripted"
-    """scripted, scripted-tools (telecom with the user's own tools), solo, or a litellm name: tau2's simulated user"""
+    """scripted, scripted-tools (telecom with the user's own tools), solo, or for tau2's simulated user a litellm name
+    (openai/NAME), or policy:PATH for a local model"""
     user_api_base: str | None = None
     """that user's model is served here"""
     user_temperature: float = 0.0
@@ -788,22 +896,24 @@ def evaluation_settings(args: Args) -> tuple[dict, dict]:
     usual = {"temperature": 0.7, "max_new_tokens": 2048, "max_turns": 30, "model_dtype": "bfloat16"}
     given = {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
     limits = ("max_context", "max_user_tokens", "max_tool_tokens")
+    is_model_user = "/" in args.user or args.user.startswith("policy:")
     settings = {
         "model": args.model_name_or_path,
         "split": args.split or config.get("eval_split", "test"),
         "user": args.user,
         "api_base": args.api_base,
-        **(
-            {"user_api_base": args.user_api_base, "user_temperature": args.user_temperature} if "/" in args.user else {}
-        ),
+        **({"user_api_base": args.user_api_base, "user_temperature": args.user_temperature} if is_model_user else {}),
         **{name: given.get(name, config.get(name, value)) for name, value in usual.items()},
         **{name: config.get(name) for name in limits},
         "seed": args.seed,
         **oracle.data_version(),
     }
-    if "/" in args.user:
+    is_policy = args.user.startswith("policy:")
+    if is_policy and not Path(args.user.removeprefix("policy:")).is_dir():
+        raise ValueError(f"user {args.user}: there is no directory {args.user.removeprefix('policy:')}")
+    if is_model_user and not is_policy:
         oracle.use_model_as_user(args.user, args.user_api_base, temperature=args.user_temperature, seed=args.seed)
-    if args.user not in (*oracle.USERS, "solo"):
+    if not is_policy and args.user not in (*oracle.USERS, "solo"):
         known = ", ".join([*oracle.USERS, "solo"])
         raise ValueError(f"unknown user {args.user!r}; choose one of {known}, or a litellm name such as openai/NAME")
     tasks = {}
@@ -876,8 +986,6 @@ def write_json(path, value):
 
 def is_api_model(name, api_base=None) -> bool:
     """Whether that is a model behind an API, by its litellm name."""
-    import litellm
-
     return api_base is not None or (not Path(name).is_dir() and name.split("/")[0] in litellm.provider_list)
 
 
@@ -898,6 +1006,9 @@ def run_evaluation(args: Args):
         names = ("temperature", "max_new_tokens", "max_context", "max_user_tokens", "max_tool_tokens")
         sampling = {name: settings[name] for name in names}
     known = open_folder(folder, settings)
+    if args.user.startswith("policy:"):
+        path = args.user.removeprefix("policy:")
+        use_policy_as_user(path, settings["model_dtype"], device, temperature=args.user_temperature)
 
     def keep(record, episode):
         simulation = oracle.simulation(episode, episode.reward_info, record["trial"], args.seed)

@@ -37,6 +37,7 @@ from loguru import logger
 
 logger.disable("tau2")
 
+import litellm as litellm  # eval.py takes it from here, behind the environment variable
 from tau2.agent.llm_agent import LLMAgent, LLMSoloAgent
 from tau2.data_model.message import AssistantMessage, MultiToolMessage, SystemMessage, ToolCall, UserMessage
 from tau2.data_model.simulation import (
@@ -414,7 +415,8 @@ class SimulatedUser:
             if attempt + 1 < self.TRIES:
                 time.sleep(self.BACKOFF * 2**attempt)
         reason = " ".join(str(failure).split())[:300]
-        raise UserFailed(f"the user {self.simulator.llm} failed {self.TRIES} times: {type(failure).__name__}: {reason}")
+        what = f"the user {self.simulator.llm} failed {self.TRIES} times: {type(failure).__name__}: {reason}"
+        raise UserFailed(what) from failure
 
 
 # name -> class(task, env) with `slow` and speak(incoming, episode); add yours here
@@ -721,7 +723,7 @@ def simulation(episode: Episode, reward_info=None, trial=0, seed=None) -> Simula
         start_time=episode.started.isoformat(),
         end_time=episode.ended.isoformat(),
         duration=(episode.ended - episode.started).total_seconds(),
-        termination_reason=TerminationReason(episode.termination),
+        termination_reason=TerminationReason(episode.termination or "user_error"),  # invalid ones have none
         agent_cost=0.0,
         user_cost=0.0,
         reward_info=reward_info,

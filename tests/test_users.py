@@ -1,5 +1,6 @@
 """Users of other kinds, and agents behind an API: against a real server on loopback, and one that fails as told."""
 
+import concurrent.futures
 import http.server
 import json
 import os
@@ -304,3 +305,78 @@ def test_a_policy_is_trained_with_tau2s_simulated_user(told, tmp_path):
     assert summary["user"] == "openai/m" and "solo" not in summary["note"] and len(asked) > 3
     records = evaluation.read_jsonl(tmp_path / "r" / "trajectories.jsonl")
     assert all(r["reward"] == 0.0 and r["messages"][1]["content"].startswith("My phone") for r in records)
+
+
+# ------------------------------------------------------------------------------------------- a local policy
+
+
+@pytest.fixture
+def local(monkeypatch, tmp_path):
+    """(name of the user, list of batches of what was read, list of what is said in turn): the embedded policy, with the
+    words put into its mouth, so that all but its sampling is real."""
+    model, tokenizer = grpo.load_policy("tiny", "float32", "cpu")
+    grpo.save_policy(model, tokenizer, tmp_path / "policy", grpo.gathered_weights(model))
+    evaluation.use_policy_as_user(str(tmp_path / "policy"), "float32", "cpu", temperature=0.0)
+    batches, words = [], []
+
+    def rollout(model, tokenizer, requests, **settings):
+        batches.append([(r.system, r.tools, r.opening(), settings) for r in requests])
+        played = [grpo.Trajectory("request", "0") for _ in requests]
+        for request, trajectory in zip(requests, played, strict=True):
+            trajectory.action_mask = [True] * 5
+            request.act(grpo.parse_message(words.pop(0) if len(words) > 1 else words[0]))
+        return played
+
+    monkeypatch.setattr(grpo, "rollout", rollout)
+    return f"policy:{tmp_path / 'policy'}", batches, words
+
+
+def test_a_local_policy_is_tau2s_user_with_its_tools(local):
+    user, batches, words = local
+    calls = '<tool_call>{"name": "check_status_bar", "arguments": {}}</tool_call>'
+    words += ["My phone does not work.", "<tool_call>{broken</tool_call>", calls, "Still nothing. ###STOP###"]
+    episode = oracle.Episode("telecom", telecom()[0], user)
+    assert episode.slow and episode.opening()[-1]["content"] == "My phone does not work."
+    assert episode.act({"content": "Look at your screen."}) == [] and episode.termination == "user_stop"
+    assert [m.role for m in episode.messages] == ["assistant", "user", "assistant", "user", "tool", "user"]
+    ((system, tools, messages, settings),) = batches[-1]
+    assert "<scenario>" in system and settings["temperature"] == 0.0
+    assert {t["function"]["name"] for t in tools} == {t.name for t in episode.env.get_user_tools()}
+    assert [m["role"] for m in messages] == ["user", "assistant", "user", "assistant", "tool"]
+    assert messages[3]["tool_calls"][0]["function"] == {"name": "check_status_bar", "arguments": {}}
+    assert len(batches) == 4  # the broken call was tried again
+    assert episode.messages[1].usage == {"completion_tokens": 5, "prompt_tokens": 0}
+    oracle.score(episode, verify=True)
+
+
+def test_requests_that_wait_together_are_answered_in_one_batch(local):
+    user, batches, words = local
+    words += ["Hello."]
+    episodes = [oracle.Episode("airline", task, user) for task in oracle.load_tasks("airline", "base")[:20]]
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        openings = list(pool.map(lambda episode: episode.opening(), episodes))
+    assert all(opening[-1]["content"] == "Hello." for opening in openings)
+    assert sum(map(len, batches)) == 20 and len(batches) < 10
+
+
+def test_a_policy_that_fails_as_a_user_makes_the_episode_invalid(local, monkeypatch):
+    user, *_ = local
+    monkeypatch.setattr(grpo, "rollout", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(oracle.UserFailed, match=r"policy failed 4 times: .*division by zero"):
+        oracle.Episode("airline", oracle.load_tasks("airline", "base")[0], user).opening()
+
+
+def test_two_policies_talk_to_each_other(tmp_path):
+    model, tokenizer = grpo.load_policy("tiny", "float32", "cpu")
+    grpo.save_policy(model, tokenizer, tmp_path / "policy", grpo.gathered_weights(model))
+    monologue = {**SHORT, "user": f"policy:{tmp_path / 'policy'}", "user_temperature": 1.0}
+    evaluation.run_evaluation(evaluation.Args("tiny", model_dtype="float32", output=str(tmp_path / "out"), **monologue))
+    trials = evaluation.read_trials(tmp_path / "out")
+    assert len(trials) == 4 and any(r["reward"] is not None for r in trials)
+
+
+@pytest.mark.parametrize("user, message", [("policy:/no/such", "no directory /no/such"), ("nobody", "unknown user")])
+def test_users_that_are_not_there_are_named(user, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        evaluation.run_evaluation(evaluation.Args("tiny", user=user, output=str(tmp_path / "out"), **SHORT))
+    assert not (tmp_path / "out").exists()
