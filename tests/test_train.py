@@ -832,11 +832,11 @@ def test_a_signal_in_an_evaluation_stops_it_at_once_and_loses_nothing(never_stop
     folder, flags = never_stopped
     ended, leave = [], train.Signals.leave_evaluation
 
-    def interrupt(self, finished):
-        ended.append(finished)
+    def interrupt(self, record, episode):
+        ended.append(record)
         if len(ended) == 11:  # 4 conversations of the baseline and 2 of the warm start precede the first domain's 4
             os.kill(os.getpid(), signal.SIGTERM)
-        leave(self, finished)
+        leave(self, record, episode)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Signals, "leave_evaluation", interrupt)
