@@ -517,6 +517,21 @@ def _pyplot():
     return matplotlib.pyplot
 
 
+def text_forgetting(summary) -> list[str]:
+    """A line for each domain but the last: its best score before the end, what is left, and what took most of it."""
+    order, stages = summary["task_order"], summary["stages"]
+    lines = []
+    for j, domain in enumerate(order[:-1]):
+        scores = [row[j] for row in summary["R"]]
+        best = max(scores[:-1])
+        falls = {stages[i]: scores[i - 1] - scores[i] for i in range(1, len(scores))}
+        worst = max(falls, key=falls.get)
+        line = f"- {domain}: {best:.2f} after {stages[scores.index(best)]}, {scores[-1]:.2f} at the end"
+        lost = f"; most was lost while training {worst} ({falls[worst]:.2f})"
+        lines.append(line + (lost if falls[worst] > 0 else ""))
+    return lines or ["- there was one domain only"]
+
+
 def write_report(run):
     """report.md, learning_curves.png and transfer_matrix.png from summary.json and metrics.jsonl of a run."""
     run = Path(run)
@@ -552,7 +567,11 @@ def write_report(run):
         if start is not None:
             lines.append(f"| {domain} | {start:.3f} | {end:.3f} | {end - start:+.3f} |")
     lines += ["", "![learning curves](learning_curves.png)", "", "![transfer matrix](transfer_matrix.png)", ""]
+    lines += ["What was forgotten, and when:", "", *text_forgetting(summary), ""]
+    lines += ["Statistics of the algorithm, and versions:", ""]
     lines += ["```", json.dumps(summary["statistics"], indent=1), json.dumps(summary["versions"], indent=1), "```", ""]
+    if "command" in summary:
+        lines += ["To repeat it:", "", "```", summary["command"], "```", ""]
     temporary = run / "report.tmp"
     temporary.write_text("\n".join(lines))
     temporary.replace(run / "report.md")  # the last file of a run, so that a run with one is whole

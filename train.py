@@ -19,6 +19,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -1347,7 +1348,24 @@ def summarize(trainer: Trainer) -> dict:
             **oracle.data_version(),
         },
         "config": dataclasses.asdict(args),
+        "command": command_line(args),
     }
+
+
+def command_line(args: Args) -> str:
+    """The command that repeats the run: the flags that differ from what they are without being named."""
+    usual = dataclasses.replace(Args(), **(TINY if args.model_name_or_path == "tiny" else {}))
+    words = ["python", "train.py"]
+    for entry in dataclasses.fields(Args):
+        name, value = entry.name, getattr(args, entry.name)
+        if value == getattr(usual, name) or name in ("run_name", "runs_dir", "resume"):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    launcher = ["torchrun", f"--nproc_per_node={grpo.world_size()}"] if grpo.world_size() > 1 else ["python"]
+    return shlex.join([*launcher, *words[1:]])
 
 
 def train(args: Args) -> dict:

@@ -410,3 +410,14 @@ def test_what_a_model_wrote_cannot_steer_the_terminal():
 def test_trials_of_an_evaluation_are_shown(measured):
     shown = evaluation.show_conversations(measured, worst=100)
     assert shown.count("; ended by ") == 8 and "airline task" in shown and "telecom task" in shown
+
+
+def test_the_report_says_what_was_forgotten_and_when():
+    order = ["airline", "retail", "telecom"]
+    R = [[0.6, 0.0, 0.0], [0.7, 0.5, 0.0], [0.1, 0.5, 0.4]]
+    assert evaluation.text_forgetting({"task_order": order, "stages": order, "R": R}) == [
+        "- airline: 0.70 after retail, 0.10 at the end; most was lost while training telecom (0.60)",
+        "- retail: 0.50 after retail, 0.50 at the end",
+    ]
+    alone = {"task_order": ["airline"], "stages": ["airline"], "R": [[1.0]]}
+    assert evaluation.text_forgetting(alone) == ["- there was one domain only"]

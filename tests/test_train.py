@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -1227,3 +1228,19 @@ def test_a_run_is_logged_to_wandb_without_a_network(tmp_path):
     assert "wandb:" not in shown.stdout + shown.stderr and "sync" not in shown.stderr  # our lines only
     (written,) = (tmp_path / "r" / "wandb").glob("offline-run-*/run-r.wandb")
     assert b"evaluation/domain/scores/airline" in written.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--cl_algorithm", "replay", "--no-replay_all_domains", "--task_order", "telecom", "airline", "--seed", "3"],
+        ["--model_name_or_path", "a b", "--shard", "--kl_coef", "0.5", "--max_context", "100"],
+        ["--max_context", "None", "--max_tasks_per_domain", "2"],
+    ],
+)
+def test_the_command_in_the_summary_repeats_the_run(flags):
+    args = parse_args([*flags, "--run_name", "x"])
+    words = shlex.split(train.command_line(args))
+    assert words[:2] == ["python", "train.py"] and len(words) <= 2 + len(flags)
+    assert dataclasses.replace(parse_args(words[2:]), run_name="x") == args
