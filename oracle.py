@@ -746,7 +746,9 @@ def _agent_view(domain: str, solo: bool):
     env = _template(domain, solo)
     tools = env.get_tools()
     if not solo:
-        return LLMAgent(tools=tools, domain_policy=env.policy).system_prompt, [tool.openai_schema for tool in tools]
+        return LLMAgent(tools=tools, domain_policy=env.policy, llm="").system_prompt, [
+            tool.openai_schema for tool in tools
+        ]
 
     def done() -> str:
         """Call this function when you are done with the task."""
