@@ -867,6 +867,10 @@ class Args:
     """that user's model is served here"""
     user_temperature: float = 0.0
     """of that user"""
+    judge: str | None = None
+    """litellm name of the model that judges assertions in words (tau2 1.0's retail); default: they are left out"""
+    judge_api_base: str | None = None
+    """that model is served here"""
     temperature: float | None = None
     """sampling temperature; default: the checkpoint's run's, else 0.7"""
     max_new_tokens: int | None = None
@@ -921,12 +925,14 @@ def evaluation_settings(args: Args) -> tuple[dict, dict]:
         "split": args.split or config.get("eval_split", "test"),
         "user": args.user,
         "api_base": args.api_base,
+        "judge": args.judge,
         **({"user_api_base": args.user_api_base, "user_temperature": args.user_temperature} if is_model_user else {}),
         **{name: given.get(name, config.get(name, value)) for name, value in usual.items()},
         **{name: config.get(name) for name in limits},
         "seed": args.seed,
         **oracle.data_version(),
     }
+    oracle.use_judge(args.judge, args.judge_api_base)
     is_policy = args.user.startswith("policy:")
     if is_policy and not Path(args.user.removeprefix("policy:")).is_dir():
         raise ValueError(f"user {args.user}: there is no directory {args.user.removeprefix('policy:')}")

@@ -1020,7 +1020,7 @@ class Args:
     """current images per step, and as many replayed ones"""
     solver_hidden: int = 100
     """units in each of the solver's two hidden layers"""
-    generator_hidden: int = 200
+    generator_hidden: int = 400
     """units in the generator's hidden layer"""
     latent_dim: int = 16
     """of the generator"""
@@ -1028,7 +1028,7 @@ class Args:
     """mixture: Gaussians per class of the prior that is fitted when a task ends"""
     learning_rate: float = 1e-3
     """of the solver (Adam)"""
-    generator_learning_rate: float = 1e-3
+    generator_learning_rate: float = 4e-3
     """of the generator"""
     generator_update_freq: int = 1
     """steps of the solver per update of the generator"""

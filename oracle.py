@@ -87,13 +87,14 @@ JUDGE = None  # litellm name of the model that judges assertions in words, which
 NOT_JUDGED = "assertions in words are not judged: DB x COMMUNICATE"
 
 
-def use_judge(llm, **llm_args):
-    """Lets a language model judge assertions in words, with tau2's own prompt; None: they are left out."""
+def use_judge(llm, api_base=None, **llm_args):
+    """Lets a language model, by its litellm name, judge assertions in words, with tau2's own prompt; None: nobody."""
     global JUDGE
     JUDGE = llm
     module = sys.modules[NLAssertionsEvaluator.__module__]
     if llm is not None:
-        module.DEFAULT_LLM_NL_ASSERTIONS, module.DEFAULT_LLM_NL_ASSERTIONS_ARGS = llm, {"temperature": 0.0, **llm_args}
+        module.DEFAULT_LLM_NL_ASSERTIONS = llm
+        module.DEFAULT_LLM_NL_ASSERTIONS_ARGS = {"temperature": 0.0, **_served_at(api_base), **llm_args}
 
 
 def graded(task) -> Task:
@@ -476,9 +477,13 @@ def scripted_like(user) -> str:
 def use_model_as_user(llm, api_base=None, **llm_args):
     """Makes a language model, by its litellm name (openai/NAME for any OpenAI-compatible server at `api_base`), a user
     of that name. `llm_args`: litellm's, such as temperature, seed, timeout, api_key."""
-    if api_base is not None:
-        llm_args = {"api_base": api_base, "api_key": os.environ.get("OPENAI_API_KEY", "none"), **llm_args}
-    USERS[llm] = functools.partial(SimulatedUser, llm=llm, **{"timeout": 120, "num_retries": 0, **llm_args})
+    llm_args = {"timeout": 120, "num_retries": 0, **_served_at(api_base), **llm_args}
+    USERS[llm] = functools.partial(SimulatedUser, llm=llm, **llm_args)
+
+
+def _served_at(api_base) -> dict:
+    """litellm's arguments for a server of one's own, which may not ask for a key."""
+    return {} if api_base is None else {"api_base": api_base, "api_key": os.environ.get("OPENAI_API_KEY", "none")}
 
 
 # -------------------------------------------------------------------------------------------- episodes

@@ -778,8 +778,8 @@ def average(arm):
 def test_the_order_of_the_arms():
     """One seed, with room between them: the README has five, with intervals."""
     scores = {arm: average(arm) for arm in ("naive", "unrehearsed", "soft", "conditional_soft", "mixture", "joint")}
-    assert scores["naive"] < 0.25 < scores["unrehearsed"] < 0.6 < scores["soft"] < 0.85
-    assert 0.88 < scores["conditional_soft"] < scores["mixture"] < scores["joint"] and scores["joint"] > 0.93
+    assert scores["naive"] < 0.25 < scores["unrehearsed"] < 0.65 < scores["soft"] < 0.9
+    assert 0.9 < scores["conditional_soft"] < scores["mixture"] < scores["joint"] and scores["joint"] > 0.93
 
 
 def write_idx(path, array):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from tau2.data_model.message import AssistantMessage, ToolMessage, UserMessage
+from tau2.data_model.tasks import RewardType
 
 import eval as evaluation
 import grpo
@@ -380,3 +381,44 @@ def test_users_that_are_not_there_are_named(user, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         evaluation.run_evaluation(evaluation.Args("tiny", user=user, output=str(tmp_path / "out"), **SHORT))
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the judge
+
+
+def judged_episode():
+    """A gold conversation of a task that is also graded by an assertion in words, as in tau2 1.0."""
+    task = oracle.load_tasks("retail", "base")[3]
+    criteria = task.evaluation_criteria.model_copy(
+        update={"reward_basis": [RewardType.DB, RewardType.NL_ASSERTION], "nl_assertions": ["The agent is polite."]}
+    )
+    episode = oracle.demonstrate("retail", task)
+    episode.task = task.model_copy(update={"evaluation_criteria": criteria})
+    return episode
+
+
+def test_without_a_judge_assertions_in_words_are_left_out_by_name():
+    episode = judged_episode()
+    info = oracle.score(episode, verify=True)
+    assert info.reward == 1.0 and info.reward_basis == [RewardType.DB, RewardType.COMMUNICATE]
+    assert set(oracle.reward_parts(episode.task, info)) == {"DB", "COMMUNICATE"}
+    assert episode.task.evaluation_criteria.reward_basis == [RewardType.DB, RewardType.NL_ASSERTION]
+
+
+@pytest.mark.parametrize("met", [True, False])
+def test_a_judge_judges_assertions_in_words(told, met):
+    address, answers, asked = told
+    verdict = {"expectedOutcome": "The agent is polite.", "reasoning": "I saw it.", "metExpectation": met}
+    answers += [{"content": json.dumps({"results": [verdict]})}]
+    episode = judged_episode()
+    oracle.use_judge("openai/m", address)
+    try:
+        info = oracle.score(episode)
+        assert info.reward == float(met) and info.reward_basis == [RewardType.DB, RewardType.NL_ASSERTION]
+        assert info.nl_assertions[0].met is met
+        assert "The agent is polite." in asked[0]["messages"][-1]["content"]
+        answers[:] = [{"content": "no JSON"}]
+        record = evaluation.score_and_record(episode, grpo.Trajectory("retail", episode.task.id))
+        assert record["reward"] is None and "JSON" in record["error"]  # the judge's fault is no zero
+    finally:
+        oracle.use_judge(None)
