@@ -1210,17 +1210,21 @@ def plot_results(args: Args, found, output):
     first = [r for r in found if r["scenario"] == args.scenarios[0]]
     drawn = [r for r in first if r["samples"] and r["seed"] == args.seeds[0]]
     if drawn:
+        columns = min(4, len(drawn))
+        rows = math.ceil(len(drawn) / columns)
         picture, panels = plt.subplots(
-            1, len(drawn), figsize=(1.9 * len(drawn), 1.5), layout="constrained", squeeze=False
+            rows, columns, figsize=(1.8 * columns, 1.15 * rows + 0.2), layout="constrained", squeeze=False
         )
-        for axes, r in zip(panels[0], drawn, strict=True):
+        for axes in panels.flat[len(drawn) :]:
+            axes.axis("off")
+        for axes, r in zip(panels.flat, drawn, strict=False):
             images = np.array(r["samples"])
             side = math.isqrt(images.shape[-1])
             mosaic = images.reshape(*images.shape[:2], side, side).transpose(0, 2, 1, 3).reshape(len(images) * side, -1)
             axes.imshow(1 - mosaic, cmap="gray", vmin=0, vmax=1)
-            axes.set(title=r["arm"], xticks=[], yticks=[])
-        panels[0, 0].set_ylabel("after tasks 5 ... 1")
-        panels[0, 0].set_ylabel("5  4  3  2  1", labelpad=2)
+            axes.set(title=r["arm"], xticks=[], yticks=[side * (k + 0.5) for k in range(len(images))])
+            axes.set_yticklabels(range(1, len(images) + 1), fontsize=6)
+            axes.tick_params(length=0)
         picture.supylabel("after task", fontsize=8)
         picture.savefig(output / "samples.png")
         plt.close(picture)
