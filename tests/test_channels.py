@@ -1,7 +1,9 @@
 """python replay.py: channels, noise and NMSE against their definitions, and what each arm does with its buffer."""
 
+import contextlib
 import copy
 import csv
+import functools
 import json
 import os
 import shutil
@@ -311,12 +313,19 @@ def test_the_experiment_writes_tables_and_pictures_and_does_nothing_twice(tmp_pa
     assert other.returncode == 2 and "other settings" in other.stderr and other.stderr.count("\n") == 1
 
 
+def kill_group(pid):
+    """What a failed test would leave to burn a core for the rest of them."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_stopped_experiment_leaves_no_process_and_no_half_result(number, code, made, tmp_path):
+def test_a_stopped_experiment_leaves_no_process_and_no_half_result(number, code, made, tmp_path, request):
     shutil.copytree(made, tmp_path / "out")
     flags = [*SMALL_FLAGS, "--epochs", "100000", "--arms", "naive", "lars", "--output", str(tmp_path / "out")]
     command = [sys.executable, "replay.py", *flags, "--workers", "2"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    request.addfinalizer(functools.partial(kill_group, process.pid))
     children, deadline = [], time.monotonic() + 60
     while len(children) < 3 and time.monotonic() < deadline:  # two workers, and multiprocessing's resource tracker
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
