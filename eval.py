@@ -932,6 +932,12 @@ def evaluation_settings(args: Args) -> tuple[dict, dict]:
         "seed": args.seed,
         **oracle.data_version(),
     }
+    for name in ("max_new_tokens", "max_turns"):
+        if settings[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {settings[name]}")
+    for name, value in (("temperature", settings["temperature"]), ("user_temperature", args.user_temperature)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be 0 or more, got {value}")
     oracle.use_judge(args.judge, args.judge_api_base)
     is_policy = args.user.startswith("policy:")
     if is_policy and not Path(args.user.removeprefix("policy:")).is_dir():

@@ -317,6 +317,26 @@ def test_trials_made_otherwise_are_not_mixed(measured, other, message):
         evaluation.run_evaluation(tiny(measured, **other))
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"temperature": math.nan}, "temperature must be 0 or more, got nan"),
+        ({"user_temperature": -1.0}, "user_temperature must be 0 or more, got -1.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_turns": 0}, "max_turns must be at least 1, got 0"),
+        ({"num_trials": 0}, "num_trials must be at least 1, got 0"),
+        ({"at_once": 0}, "at_once must be at least 1, got 0"),
+        ({"domains": ["airline", "airline"]}, "domains must name each domain once"),
+        ({"domains": ["mars"]}, "unknown domain 'mars'"),
+        ({"split": "exam"}, "unknown split 'exam'"),
+    ],
+)
+def test_settings_that_cannot_work_are_named_before_anything_is_written(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.run_evaluation(tiny(tmp_path / "out", **wrong))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="not empty and holds no evaluation"):
