@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -294,6 +295,7 @@ def rehearsed_step(shard=False):
     trainer.algorithm = generative.GenerativeReplayCL(trainer.args.task_order, window=6, window_batch=4)
     trainer.algorithm.number([list(range(7, 80, 2)), list(range(8, 60, 8))])
     trainer.algorithm.rehearsal.offer(torch.ones(6, dtype=torch.long), 0)
+    trainer.run = Path(tempfile.mkdtemp())
     trainer.algorithm.post_task_hook(trainer, "airline")
     windows = torch.randint(1, 30, (4, 6), generator=torch.Generator().manual_seed(0))
     mine = windows[grpo.rank() :: grpo.world_size()]
