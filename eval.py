@@ -906,6 +906,12 @@ def _run_config(model_name_or_path) -> dict:
     return json.loads(path.read_text()) if path.is_file() and Path(model_name_or_path).is_dir() else {}
 
 
+def _resolved(name, prefix="") -> str:
+    """A checkpoint by the directory it is now: LAST is another one later, whose trials must not be taken for these."""
+    path = Path(name.removeprefix(prefix))
+    return prefix + str(path.resolve()) if name.startswith(prefix) and path.is_dir() else name
+
+
 def evaluation_settings(args: Args) -> tuple[dict, dict]:
     """(what decides the outcome of a trial, as JSON; tasks by domain). ValueError for what cannot be measured."""
     if args.model_name_or_path is None:
@@ -921,9 +927,9 @@ def evaluation_settings(args: Args) -> tuple[dict, dict]:
     limits = ("max_context", "max_user_tokens", "max_tool_tokens")
     is_model_user = "/" in args.user or args.user.startswith("policy:")
     settings = {
-        "model": args.model_name_or_path,
+        "model": _resolved(args.model_name_or_path),
         "split": args.split or config.get("eval_split", "test"),
-        "user": args.user,
+        "user": _resolved(args.user, "policy:"),
         "api_base": args.api_base,
         "judge": args.judge,
         **({"user_api_base": args.user_api_base, "user_temperature": args.user_temperature} if is_model_user else {}),
@@ -1024,7 +1030,7 @@ def run_evaluation(args: Args):
     """Plays what is missing, then writes metrics.json and tau2's results, and prints the table."""
     settings, tasks = evaluation_settings(args)
     device = grpo.init_distributed()
-    slug = re.sub(r"[^\w.-]+", "_", f"{args.model_name_or_path}_{settings['split']}_{args.user}")
+    slug = re.sub(r"[^\w.-]+", "_", f"{settings['model']}_{settings['split']}_{settings['user']}")
     folder = Path(args.output or f"runs/evaluation_{slug}")
     if is_api_model(args.model_name_or_path, args.api_base):
         model, tokenizer = args.model_name_or_path, None

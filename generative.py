@@ -86,6 +86,18 @@ def hard_loss(student_logits, teacher_logits) -> Tensor:
 # ---------------------------------------------------------------------------------------- the generators
 
 
+def at_least(lowest, **values):
+    for name, value in values.items():
+        if not value >= lowest:  # true for NaN, too
+            raise ValueError(f"{name} must be at least {lowest}, got {value}")
+
+
+def above_zero(**values):
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be greater than 0, got {value}")
+
+
 def _one_hot(condition, num_conditions, like) -> Tensor:
     """(B, num_conditions); nothing where there are no conditions."""
     if not num_conditions:
@@ -145,10 +157,8 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(*layers, nn.Linear(width, input_dim))
 
     def _set_latent(self, latent_dim, num_conditions, components):
-        least = {"latent_dim": (latent_dim, 1), "num_conditions": (num_conditions, 0), "components": (components, 0)}
-        for name, (value, lowest) in least.items():
-            if value < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {value}")
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, num_conditions=num_conditions, components=components)
         self.latent_dim, self.num_conditions, self.components = latent_dim, num_conditions, components
         rows, columns = max(1, num_conditions), max(1, components)
         self.register_buffer("prior_weight", torch.ones(rows, columns))
@@ -307,8 +317,8 @@ class WGAN(nn.Module):
 
     def __init__(self, input_dim, hidden_dims=(256, 128), latent_dim=32, num_conditions=0):
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, num_conditions=num_conditions)
         self.latent_dim, self.num_conditions, self.shape = latent_dim, num_conditions, (input_dim,)
 
         def mlp(width, hidden_dims, end):
@@ -582,13 +592,9 @@ class GenerativeReplay(Rehearsal):
     ):
         if targets not in TARGETS:
             raise ValueError(f"unknown targets {targets!r}; choose one of {', '.join(TARGETS)}")
-        counts = {"batch_size": batch_size, "generator_update_freq": generator_update_freq, "memory_size": memory_size}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("temperature", "replay_weight", "learning_rate", "generator_learning_rate"):
-            if not 0 < locals()[name] < math.inf:
-                raise ValueError(f"{name} must be greater than 0, got {locals()[name]}")
+        at_least(1, batch_size=batch_size, generator_update_freq=generator_update_freq, memory_size=memory_size)
+        above_zero(temperature=temperature, replay_weight=replay_weight)
+        above_zero(learning_rate=learning_rate, generator_learning_rate=generator_learning_rate)
         super().__init__(generator, memory_size, generator_learning_rate, rng)
         self.solver, self.heads = solver, heads
         self.targets, self.temperature, self.replay_weight = targets, temperature, replay_weight
@@ -703,13 +709,9 @@ class GenerativeReplayCL(CLAlgorithm):
         micro_batch_tokens=16384,
         seed=0,
     ):
-        least = {"window": 2, "window_batch": 1, "window_memory": 1, "generator_updates": 1, "generator_vocabulary": 2}
-        for name, lowest in least.items():
-            if locals()[name] < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {locals()[name]}")
-        for name in ("replay_weight", "generator_learning_rate"):
-            if not 0 < locals()[name] < math.inf:
-                raise ValueError(f"{name} must be greater than 0, got {locals()[name]}")
+        at_least(2, window=window, generator_vocabulary=generator_vocabulary)
+        at_least(1, window_batch=window_batch, window_memory=window_memory, generator_updates=generator_updates)
+        above_zero(replay_weight=replay_weight, generator_learning_rate=generator_learning_rate)
         self.order, self.seed, self.replay_weight = task_order, seed, replay_weight
         self.window, self.window_batch, self.generator_updates = window, window_batch, generator_updates
         self.windows_at_once = max(1, micro_batch_tokens // window)
@@ -785,7 +787,7 @@ class GenerativeReplayCL(CLAlgorithm):
         self.draws += 1
         with grpo.seeded(self.rehearsal.device, self.seed, 3, self.draws):
             self.rehearsal.end_task()
-        if grpo.world_size() > 1:  # what differed between ranks in the last digit
+        if grpo.world_size() > 1 and raw:  # what differed between ranks in the last digit
             kept = self.rehearsal.old_generator.state_dict()
             for value in kept.values():
                 torch.distributed.broadcast(value, 0)

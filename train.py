@@ -1355,7 +1355,7 @@ def summarize(trainer: Trainer) -> dict:
 def command_line(args: Args) -> str:
     """The command that repeats the run: the flags that differ from what they are without being named."""
     usual = dataclasses.replace(Args(), **(TINY if args.model_name_or_path == "tiny" else {}))
-    words = ["python", "train.py"]
+    words = []
     for entry in dataclasses.fields(Args):
         name, value = entry.name, getattr(args, entry.name)
         if value == getattr(usual, name) or name in ("run_name", "runs_dir", "resume"):
@@ -1365,7 +1365,7 @@ def command_line(args: Args) -> str:
         else:
             words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     launcher = ["torchrun", f"--nproc_per_node={grpo.world_size()}"] if grpo.world_size() > 1 else ["python"]
-    return shlex.join([*launcher, *words[1:]])
+    return shlex.join([*launcher, "train.py", *words])
 
 
 def train(args: Args) -> dict:

@@ -337,6 +337,21 @@ def test_settings_that_cannot_work_are_named_before_anything_is_written(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_trials_of_an_earlier_checkpoint_are_not_taken_for_those_of_the_last(tmp_path):
+    model, tokenizer = grpo.load_policy("tiny", "float32", "cpu")
+    for step in (1, 2):
+        grpo.save_policy(model, tokenizer, tmp_path / f"step{step}", grpo.gathered_weights(model))
+    last = tmp_path / "LAST"
+    last.symlink_to("step1")
+    args = tiny(tmp_path / "out", domains=["telecom"], max_tasks=1)
+    args.model_name_or_path = str(last)
+    evaluation.run_evaluation(args)
+    last.unlink()
+    last.symlink_to("step2")
+    with pytest.raises(ValueError, match=r"made with model .*step1, not .*step2; choose another --output"):
+        evaluation.run_evaluation(args)
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="not empty and holds no evaluation"):

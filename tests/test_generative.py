@@ -642,7 +642,11 @@ def test_the_generator_of_the_agent_is_rehearsed_and_keeps_no_conversation(polic
     assert algorithm.bytes_kept() == sum(statistics["bytes kept"].values()) > 0
 
 
-def test_a_domain_without_conversations_is_passed_over(policies):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_domain_without_conversations_is_passed_over(policies, ranks, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: None)  # of two equal ranks
+    monkeypatch.setattr(grpo, "all_gather_json", lambda value: [value] * ranks)
+    monkeypatch.setattr(grpo, "world_size", lambda: ranks)
     algorithm = agent()
     for domain, found in (("airline", []), ("retail", conversations(0))):
         trainer = FakeTrainer(policies[0], domain, found)
