@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import grpo
+import regularize
 from replay import Buffer, CLAlgorithm, add, over_seeds, run_command, run_jobs, sample, write_csv
 
 GENERATORS = ("vae", "conv", "gan")
@@ -81,6 +82,11 @@ def distillation_loss(student_logits, teacher_logits, temperature=2.0) -> Tensor
 def hard_loss(student_logits, teacher_logits) -> Tensor:
     """Cross-entropy to the class that the teacher finds likeliest (Shin et al. 2017)."""
     return F.cross_entropy(student_logits, teacher_logits.argmax(1))
+
+
+def soft_loss(pairs, temperature) -> Tensor:
+    """The mean of `distillation_loss` over pairs (student's, teacher's logits)."""
+    return sum(distillation_loss(student, teacher, temperature) for student, teacher in pairs) / len(pairs)
 
 
 # ---------------------------------------------------------------------------------------- the generators
@@ -638,7 +644,7 @@ class GenerativeReplay(Rehearsal):
         pairs = self.heads.pairs(self.solver(x), taught, n)
         if self.targets == "hard":
             return sum(hard_loss(s, t) for s, t in pairs) / len(pairs)
-        return sum(distillation_loss(s, t, self.temperature) for s, t in pairs) / len(pairs)
+        return soft_loss(pairs, self.temperature)
 
     def end_task(self):
         """Freezes the solver, too, as the teacher of the next task. Raises ValueError for a task without samples, or in
@@ -743,17 +749,18 @@ class GenerativeReplayCL(CLAlgorithm):
             self.generated[self.order[k]] += grpo.world_size()
         parts = [self.as_tokens(part) for part in windows.split(self.windows_at_once)]
         with grpo.weights_of(trainer.model, self.teacher):
-            taught = [grpo.next_token_logprobs(trainer.model, *part) for part in parts]
-        return self.divergence(trainer, parts, taught)
+            head = grpo.frozen_head(trainer.model)
+            taught = [grpo.hidden_states(trainer.model, *part) for part in parts]
+        return self.divergence(trainer, parts, head, taught)
 
-    def divergence(self, trainer, parts, taught):
+    def divergence(self, trainer, parts, head, taught):
         """Yields the loss part by part, so that each is learnt from and freed before the next is computed. Their sum is
         a mean over the distributions of all ranks, times the number of ranks, over which the loop takes a mean."""
         total = max(1, sum(grpo.all_gather_json(sum(map(len, taught)))))
         weight = self.replay_weight * replay_weights(self.rehearsal.tasks_done + 1)[1]
         divergence = 0.0
-        for part, distributions in zip(parts, taught, strict=True):
-            kl = grpo.distillation_kl(trainer.model, *part, distributions)
+        for part, teacher in zip(parts, taught, strict=True):
+            kl = grpo.distillation_kl(trainer.model, *part, head, teacher)
             divergence += kl.item()
             yield weight * kl * grpo.world_size() / total
         self.count(trainer.domain, "distillation KL", sum(grpo.all_gather_json(divergence)) / total)
@@ -994,7 +1001,7 @@ REHEARSALS = {
     "gan": (GenerativeReplay, "gan", "soft", True),
     "lwf": (LwF, "vae", "soft", False),
 }
-ARMS = ("naive", *list(REHEARSALS)[:-1], "experience_replay", "lwf", "joint")
+ARMS = ("naive", *list(REHEARSALS)[:-1], "experience_replay", "lwf", "ewc", "online_ewc", "er_plus", "joint")
 SCENARIOS = ("class", "domain", "task")
 TASKS = 5
 
@@ -1037,7 +1044,13 @@ class Args:
     temperature: float = 2.0
     """of soft targets"""
     buffer_size: int = 100
-    """images that experience_replay keeps"""
+    """images that experience_replay and er_plus keep"""
+    ewc_lambda: float = 100.0
+    """weight of the penalty of ewc, online_ewc and er_plus"""
+    ewc_decay: float = 0.95
+    """online_ewc: of the running Fisher information"""
+    lwf_coef: float = 0.1
+    """er_plus: weight of the distillation of the old solver's answers to current images"""
 
 
 def load_images(args: Args) -> tuple[Tensor, Tensor, tuple]:
@@ -1097,11 +1110,11 @@ def run_arm(args: Args, scenario, arm, seed) -> dict:
     solver = nn.Sequential(
         nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, heads.outputs)
     )
-    rehearsal, optimizer, buffer = (
-        None,
-        torch.optim.Adam(solver.parameters(), args.learning_rate),
-        Buffer(args.buffer_size),
-    )
+    optimizer = torch.optim.Adam(solver.parameters(), args.learning_rate)
+    rehearsal, teacher, buffer = None, None, Buffer(args.buffer_size)
+    penalty = regularize.EWC(args.ewc_lambda) if arm in ("ewc", "er_plus") else None
+    if arm == "online_ewc":
+        penalty = regularize.OnlineEWC(args.ewc_lambda, args.ewc_decay)
     if arm in REHEARSALS:
         kind, generator_type, targets, conditional = REHEARSALS[arm]
         sizes = {"latent_dim": args.latent_dim}
@@ -1142,12 +1155,21 @@ def run_arm(args: Args, scenario, arm, seed) -> dict:
                 x_old, y_old = torch.stack([image for image, _ in old]), torch.tensor([label for _, label in old])
                 current, replayed = replay_weights(n)
                 loss = current * loss + replayed * heads.loss(solver(x_old), y_old, n)
+            if penalty and n > 1:
+                loss = loss + sum(penalty.penalty(solver.parameters()))
+            if teacher:
+                pairs = heads.pairs(solver(batch[0]), teacher(batch[0]), n)
+                loss = loss + args.lwf_coef * soft_loss(pairs, args.temperature)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         if rehearsal:
             rehearsal.end_task()
-        if arm == "experience_replay":
+        if penalty:
+            penalty.consolidate(solver, x_task[:, None], lambda model, image, n=n: surprise(model(image), heads, n))
+        if arm == "er_plus":
+            teacher = frozen(solver)
+        if arm in ("experience_replay", "er_plus"):
             for image, label in zip(x_task, y_task.tolist(), strict=True):
                 add(buffer, (image.clone(), label), label=label, rng=rng)
         with torch.no_grad():
@@ -1162,14 +1184,22 @@ def run_arm(args: Args, scenario, arm, seed) -> dict:
             condition = torch.tensor(np.resize(seen, 10)) if seen else None
             images = rehearsal.old_generator.generate(10, condition=condition)
             samples.append([[round(value, 2) for value in image] for image in images.tolist()])
-    kept = {"joint": sum(task[0].nbytes for task in tasks), "experience_replay": args.buffer_size * x[0].nbytes}.get(
-        arm, 0
-    )
+    kept = penalty.bytes_kept() if penalty else 0
+    kept += sum(task[0].nbytes for task in tasks) if arm == "joint" else sum(image.nbytes for image, _ in buffer.items)
+    modules = [teacher]
     if rehearsal:
-        modules = [rehearsal.teacher] + ([rehearsal.old_generator] if arm != "lwf" else [])
-        kept = sum(value.nbytes for module in modules for value in module.state_dict().values())
+        modules += [rehearsal.teacher] + ([rehearsal.old_generator] if arm != "lwf" else [])
+    kept += sum(value.nbytes for module in modules if module for value in module.state_dict().values())
     job = {"scenario": scenario, "arm": arm, "seed": seed}
     return {**job, "R": R, "samples": samples, "seconds": time.perf_counter() - start, "bytes_kept": kept}
+
+
+def surprise(logits, heads, n) -> Tensor:
+    """Minus the log-probability (B,) of labels that the solver draws itself, of those that compete at the n-th task."""
+    of_task = torch.full((len(logits),), (n - 1) * heads.classes)  # any label of the task: it tells its head
+    competing = heads.choice(logits, of_task, n)[0]
+    drawn = torch.distributions.Categorical(logits=competing.detach()).sample()
+    return F.cross_entropy(competing, drawn, reduction="none")
 
 
 def backward_transfer(R) -> float:
@@ -1273,6 +1303,7 @@ def check_args(args: Args):
             raise ValueError(f"{name} must name each of them once, got {getattr(args, name)}")
     if min(args.seeds) < 0 or (args.workers is not None and args.workers < 1):
         raise ValueError(f"seeds must be 0 or more and workers at least 1, got {args.seeds} and {args.workers}")
+    regularize.check_coefficients(args.ewc_lambda, args.ewc_decay, args.lwf_coef)
     load_images(args)
 
 

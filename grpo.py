@@ -328,11 +328,20 @@ def part_like(tensor, like) -> Tensor:
 def snapshot(model) -> list[Tensor]:
     """A copy of the trained parameters in the CPU's memory (under FSDP, of this rank's shards)."""
     parameters = trained_parameters(model).values()
-    return [_local(p).detach().to("cpu", copy=True) for p in parameters]
+    return [local_part(p).detach().to("cpu", copy=True) for p in parameters]
 
 
-def _local(tensor):
+def local_part(tensor):
+    """What this rank holds of a DTensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(part, like) -> Tensor:
+    """The inverse of `local_part`: a tensor of this rank's part, beside a parameter that may be sharded."""
+    if not isinstance(like, DTensor):
+        return part
+    placed = (like.device_mesh, like.placements)
+    return DTensor.from_local(part, *placed, run_check=False, shape=like.shape, stride=like.stride())
 
 
 @contextmanager
@@ -359,7 +368,7 @@ def weights_of(model, saved):
 
 def _exchange(model, saved):
     for p, other in zip(trained_parameters(model).values(), saved, strict=True):
-        mine = _local(p).detach()
+        mine = local_part(p).detach()
         kept = mine.to("cpu", copy=True)
         mine.copy_(other)
         other.copy_(kept)
@@ -389,7 +398,7 @@ def gathered_snapshot(model, saved) -> dict[str, Tensor]:
 def snapshot_from(model, read) -> list[Tensor]:
     """The inverse of `gathered_snapshot`, on any number of ranks; `read(name)` gives a whole tensor."""
     parameters = trained_parameters(model).items()
-    return [_local(part_like(read(name).to(p.device), p)).to("cpu", copy=True) for name, p in parameters]
+    return [local_part(part_like(read(name).to(p.device), p)).to("cpu", copy=True) for name, p in parameters]
 
 
 def save_policy(model, tokenizer, folder, weights=None):
@@ -1164,29 +1173,46 @@ def token_logprobs(model, ids_B_T, attention_mask_B_T, temperature=1.0, mask_B_T
     return tuple(results) if return_entropy else results[0]
 
 
-def next_token_logprobs(model, ids_B_T, attention_mask_B_T, mask_B_T) -> Tensor:
-    """The whole distributions (N, V) that the N tokens of `mask_B_T` (without first ones) come from, without gradient:
-    what `distillation_kl` holds a policy to. 4 V bytes each."""
-    wanted = mask_B_T[:, 1:].bool()
+@torch.no_grad()
+def frozen_head(model) -> nn.Module:
+    """The projection on the vocabulary, for `distillation_kl`: itself where it is not trained, else a copy, whole on
+    every rank."""
+    trained_parameters(model)  # reshards
+    head = model.get_output_embeddings()
+    if not any(p.requires_grad for p in head.parameters()):
+        return head
+    skeleton = model.__dict__.get("skeleton", model).get_output_embeddings()
+    copies = {}
+    for bone, p in zip(skeleton.parameters(), head.parameters(), strict=True):
+        copies[id(bone)] = nn.Parameter(whole(p).to(model.compute_dtype, copy=True), requires_grad=False)
+    return copy.deepcopy(skeleton, copies)
+
+
+def hidden_states(model, ids_B_T, attention_mask_B_T, mask_B_T) -> Tensor:
+    """The last hidden states (N, H) that the N tokens of `mask_B_T` (without first ones) are predicted from, without
+    gradient. With the `frozen_head` they stand for N distributions over the vocabulary, in the memory of N vectors."""
     with torch.no_grad():
-        (logprobs,) = _read_logits(model, ids_B_T, attention_mask_B_T, wanted, lambda x: (x.log_softmax(-1),))
-    return logprobs
+        return _read_logits(model, ids_B_T, attention_mask_B_T, mask_B_T[:, 1:].bool(), None)[0]
 
 
-def distillation_kl(model, ids_B_T, attention_mask_B_T, mask_B_T, teacher_NV) -> Tensor:
-    """KL(teacher || policy) in nats, summed over the N distributions of `next_token_logprobs`; a scalar."""
+def distillation_kl(model, ids_B_T, attention_mask_B_T, mask_B_T, head, teacher_NH) -> Tensor:
+    """KL(teacher || policy) in nats, summed over the N distributions of the tokens of `mask_B_T`; a scalar. The teacher
+    is given by its `frozen_head` and its `hidden_states` for the same tokens."""
 
-    def read(logits_NV, teacher_NV):
-        return (F.kl_div(logits_NV.log_softmax(-1), teacher_NV.float(), reduction="none", log_target=True).sum(-1),)
+    def read(logits_NV, teacher_NH):
+        with torch.no_grad():
+            teacher_NV = head(teacher_NH).float().log_softmax(-1)
+        return (F.kl_div(logits_NV.log_softmax(-1), teacher_NV, reduction="none", log_target=True).sum(-1),)
 
     wanted = mask_B_T[:, 1:].bool()
-    (kl,) = _read_logits(model, ids_B_T, attention_mask_B_T, wanted, read, teacher_NV)
+    (kl,) = _read_logits(model, ids_B_T, attention_mask_B_T, wanted, read, teacher_NH)
     return kl.sum()
 
 
 def _read_logits(model, ids_B_T, attention_mask_B_T, wanted, read, *rows):
     """What `read(logits (n, V), *rows (n, ...))` makes of the logits that predict the tokens `wanted` (B, T - 1), of
-    those from the second on: a tuple of tensors (N, ...), computed CHUNK logits at a time."""
+    those from the second on: a tuple of tensors (N, ...), computed CHUNK logits at a time. With None for `read`, the
+    hidden states (N, H) before the projection."""
     project = getattr(model, "project", None) or types.MethodType(_project, model)  # FSDP wraps the first
     model.train(
         torch.is_grad_enabled() and getattr(model, "recompute_layers", False)
@@ -1205,6 +1231,8 @@ def _project(model, ids_B_T, attention_mask_B_T, wanted, read, *rows):
         return read(head(hidden_N).float(), *rows)
 
     hidden_N = hidden.last_hidden_state[:, :-1][wanted]
+    if read is None:
+        return (hidden_N,)
     size = max(1, CHUNK // model.config.vocab_size)
     chunks = list(zip(*(tensor.split(size) for tensor in (hidden_N, *rows)), strict=True))
     if len(chunks) == 1 or not torch.is_grad_enabled():

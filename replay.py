@@ -316,14 +316,14 @@ class CLAlgorithm:
     @classmethod
     def from_args(cls, args):
         """An instance from train.py's flags: those that the constructor names, and where it takes **kwargs those
-        that its parents' constructors name."""
+        that its parents' constructors name. A flag that is None leaves the constructor's default."""
         names = set()
         for parent in cls.__mro__:
             parameters = inspect.signature(parent.__init__).parameters
             names.update(parameters)
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
                 break
-        return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+        return cls(**{name: getattr(args, name) for name in names if getattr(args, name, None) is not None})
 
     def augment_batch(self, new_tasks: list[TaskRef], current_domain: str) -> list[TaskRef]:
         """The tasks to roll out: the new ones, and what is replayed with them."""
@@ -750,7 +750,7 @@ SNRS = (0, 5, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)  # dB
 TRAINING_SNR = (0.0, 30.0)  # dB, uniform
 
 BUFFERS = {"naive": None, "random": "random", "reservoir": "reservoir", "brs": "brs", "lars": "lars", "labrs": "labrs"}
-BUFFERS |= {"lars_distill": "lars", "joint": None}
+BUFFERS |= {"lars_distill": "lars", "joint": None, "ewc": None, "online_ewc": None, "lwf": None, "er_plus": "reservoir"}
 ARMS = (*BUFFERS, *(f"only {name}" for name in SCENARIOS))
 
 
@@ -791,6 +791,14 @@ class Args:
     """gradients are clipped to this norm"""
     distill_coef: float = 1.0
     """lars_distill: weight of the NMSE to the predictions of the model as it was before the current scenario"""
+    ewc_lambda: float = 1.0
+    """weight of the penalty of ewc, online_ewc and er_plus"""
+    ewc_decay: float = 0.95
+    """online_ewc: of the running Fisher information"""
+    fisher_samples: int = 256
+    """ewc, online_ewc, er_plus: windows of a scenario that its Fisher information is taken from"""
+    lwf_coef: float = 0.1
+    """lwf, er_plus: weight of the NMSE to the predictions of the model as it was before, on the new windows"""
     autocast: bool = False
     """compute in bfloat16"""
     eval_snr: float = 20.0
@@ -923,6 +931,8 @@ def run_arm(args: Args, arm, seed) -> dict:
     """Trains one model over its scenarios. Returns the NMSE in dB on every scenario's test users, at `eval_snr` after
     each epoch ("curve", from before the first) and at the end over SNRS, and the seconds it took."""
     start = time.perf_counter()
+    import regularize  # which imports this file
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     windows = channel_windows(args, seed)
     torch.manual_seed(seed)
@@ -931,6 +941,9 @@ def run_arm(args: Args, arm, seed) -> dict:
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate)
     stages = [arm.removeprefix("only ")] if arm.startswith("only ") else list(SCENARIOS)
     policy, teacher, seen = BUFFERS.get(arm), None, 0
+    penalty = regularize.EWC(args.ewc_lambda) if arm in ("ewc", "er_plus") else None
+    if arm == "online_ewc":
+        penalty = regularize.OnlineEWC(args.ewc_lambda, args.ewc_decay)
     buffer = Buffer(args.capacity)
     share = 2 if arm == "joint" else 1  # as many windows in a step as the arms with a buffer have
     size = share * len(windows[stages[0]][0])  # of an epoch
@@ -958,10 +971,16 @@ def run_arm(args: Args, arm, seed) -> dict:
         losses = nmse(predicted, target)
         loss = losses.mean()
         earlier = [len(new) + k for k, i in enumerate(drawn) if buffer.labels[i] < stage]
-        if teacher is not None and earlier:
+        if penalty and stage > 0:
+            loss = loss + sum(penalty.penalty(model.parameters()))
+        if teacher is not None:
             with torch.no_grad():
-                taught = teacher(noisy[earlier])
-            loss = loss + args.distill_coef * nmse(predicted[earlier], taught).sum() / len(losses)
+                old_predicted = teacher(noisy)
+            taught = nmse(predicted, old_predicted)
+            if arm == "lars_distill":
+                loss = loss + args.distill_coef * taught[earlier].sum() / len(losses)
+            else:
+                loss = loss + args.lwf_coef * taught[: len(new)].mean()
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * decay**seen
         seen += len(new)
@@ -984,10 +1003,20 @@ def run_arm(args: Args, arm, seed) -> dict:
                     for i, loss in zip(index.tolist(), losses, strict=True):
                         add(buffer, train[i].clone(), label=stage, loss=loss, policy=policy, rng=rng)
             curve.append(measure(args.eval_snr))
-        if arm == "lars_distill":
+        if penalty:
+            some = train[torch.randperm(len(train), generator=generator)[: args.fisher_samples]]
+            noisy, target = (part.to(device) for part in augment(some, generator))
+            batches = zip(noisy.split(1), target.split(1), strict=True)
+            penalty.consolidate(model, batches, lambda model, batch: nmse(model(batch[0]), batch[1]))
+        if arm in ("lars_distill", "lwf", "er_plus"):
             teacher = copy.deepcopy(model).eval().requires_grad_(False)
     snr = dict(zip(SCENARIOS, zip(*[measure(value) for value in SNRS], strict=True), strict=True))
-    return {"arm": arm, "seed": seed, "seconds": time.perf_counter() - start, "curve": curve, "snr": snr}
+    kept = sum(window.nbytes for window in buffer.items) + (penalty.bytes_kept() if penalty else 0)
+    kept += sum(p.nbytes for p in teacher.parameters()) if teacher is not None else 0
+    if arm == "joint":
+        kept = sum(windows[s][0].nbytes for s in stages)
+    seconds = time.perf_counter() - start
+    return {"arm": arm, "seed": seed, "seconds": seconds, "curve": curve, "snr": snr, "bytes_kept": kept}
 
 
 def start_worker(threads, stop):
@@ -1105,8 +1134,8 @@ def write_tables(args: Args, found, output):
 
     names = [*SCENARIOS, "mean", *(f"forgetting {name.split()[0]}" for name in list(SCENARIOS)[:-1]), "less than naive"]
     lines = [
-        f"| NMSE, dB at {args.eval_snr:g} dB SNR | {' | '.join(names)} | seconds |",
-        "|---" * (len(names) + 2) + "|",
+        f"| NMSE, dB at {args.eval_snr:g} dB SNR | {' | '.join(names)} | seconds | kept, kB |",
+        "|---" * (len(names) + 3) + "|",
     ]
     rows = []
     for arm, results in by_arm.items():
@@ -1119,7 +1148,8 @@ def write_tables(args: Args, found, output):
             columns.append(f"{1 - lost.mean() / np.mean(naive):.0%}" if naive and arm != "naive" else "")
         else:
             columns += [""] * len(SCENARIOS)
-        lines.append(f"| {arm} | {' | '.join(columns)} | {np.mean([r['seconds'] for r in results]):.0f} |")
+        columns += [f"{np.mean([r['seconds'] for r in results]):.0f}", f"{results[0]['bytes_kept'] / 1000:.0f}"]
+        lines.append(f"| {arm} | {' | '.join(columns)} |")
         for k, r in enumerate(results):
             rows.append([arm, r["seed"], *final[k], *(lost[k] if lost is not None else ["", ""]), r["seconds"]])
     print("\n".join(lines))
@@ -1202,7 +1232,9 @@ def plot_results(args: Args, found, output):
 
 def check_args(args: Args):
     """Raises ValueError for settings that cannot work."""
-    positive = "hidden layers past epochs batch_size capacity learning_rate final_rate max_grad_norm"
+    from regularize import check_coefficients
+
+    positive = "hidden layers past epochs batch_size capacity learning_rate final_rate max_grad_norm fisher_samples"
     for name in positive.split():
         if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"{name} must be greater than 0, got {getattr(args, name)}")
@@ -1210,6 +1242,7 @@ def check_args(args: Args):
         raise ValueError(f"final_rate must be in (0, 1], got {args.final_rate}")
     if args.users < 5:
         raise ValueError(f"users must be 5 or more, for one to test on, got {args.users}")
+    check_coefficients(args.ewc_lambda, args.ewc_decay, args.lwf_coef)
     if not 0 <= args.distill_coef < math.inf or not math.isfinite(args.eval_snr):
         raise ValueError(f"distill_coef must be 0 or more, eval_snr finite; got {args.distill_coef}, {args.eval_snr}")
     if args.model not in ("lstm", "gru", "transformer"):

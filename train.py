@@ -46,6 +46,7 @@ import eval as evaluation
 import generative
 import grpo
 import oracle
+import regularize
 import replay
 from eval import StopRun
 
@@ -155,7 +156,8 @@ class Args:
     """of the warm start"""
 
     cl_algorithm: str = "sequential"
-    """sequential, joint, replay, adaptive_replay, generative_replay, or path/to/file.py:MyAlgorithm"""
+    """sequential, joint, replay, adaptive_replay, generative_replay, ewc, online_ewc, lwf, or
+    path/to/file.py:MyAlgorithm"""
     replay_kind: str = "tasks"
     """replay: tasks (old tasks are rolled out again) or trajectories (stored conversations, no new rollouts)"""
     replay_ratio: float = 0.2
@@ -199,6 +201,16 @@ class Args:
     """generative_replay: Gaussians of the prior that is fitted for each domain when one ends (0: N(0, 1))"""
     generator_learning_rate: float = 2e-3
     """generative_replay: of the generator (Adam)"""
+
+    ewc_lambda: float | None = None
+    """add EWC's penalty with this weight to any algorithm; default: none, and 10 with ewc and online_ewc"""
+    ewc_decay: float | None = None
+    """EWC with one running Fisher information, multiplied by this at each domain's end, in [0, 1]; default: one for
+    each domain, and 0.95 with online_ewc"""
+    fisher_samples: int = 64
+    """EWC: conversations, a domain's last ones, that its Fisher information is taken from"""
+    lwf_coef: float | None = None
+    """add LwF's KL to the previous domain's policy with this weight to any algorithm; default: none, and 1 with lwf"""
 
     eval_split: str = "test"
     """tau2's split to evaluate on; "train": the training tasks themselves"""
@@ -254,7 +266,7 @@ TINY = {
 }
 
 
-ALGORITHMS = {"generative_replay": generative.GenerativeReplayCL}  # beside replay.ALGORITHMS
+ALGORITHMS = {"generative_replay": generative.GenerativeReplayCL, **regularize.ALGORITHMS}  # beside replay.ALGORITHMS
 
 
 class Interrupted(Exception):
@@ -310,6 +322,7 @@ class Trainer:
     initial: list | None = None  # the very first policy (grpo.snapshot); with LoRA it needs none
     optimizer: torch.optim.Optimizer | None = None
     groups: list[Group] = field(default_factory=list)  # of this step, all ranks
+    batches: list[dict] = field(default_factory=list)  # of this step, this rank's: see `make_batches`
     finished: list = field(default_factory=list)  # of this step, all ranks: (conversation to store, its loss)
     replayed_losses: list[float] = field(default_factory=list)  # of this step's replayed conversations
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
@@ -541,6 +554,7 @@ def update(trainer: Trainer, kept, replayed=()) -> dict:
     names = ("tokens", "sequences", "new_tokens", "replayed_tokens")
     counts = dict(zip(names, sum_over_ranks(trainer, *values), strict=True))
     new_batches, old_batches = make_batches(trainer, kept, args.gamma), make_batches(trainer, stored, args.gamma)
+    trainer.batches = new_batches
     reference_logprobs(trainer, new_batches + old_batches)
     totals, norm, extra_seconds = [], 0.0, 0.0
     for _ in range(args.num_iterations):
@@ -597,13 +611,13 @@ def backward_extra_loss(trainer: Trainer) -> float | None:
     extra = trainer.algorithm.extra_loss(trainer)
     if extra is None:
         return None
-    if isinstance(extra, DTensor):  # of sharded weights themselves: one for all ranks
-        extra.backward()
-        return grpo.whole(extra.detach()).item()
     total = 0.0
     for part in [extra] if isinstance(extra, torch.Tensor) else extra:
-        (part / grpo.world_size()).backward()  # gradients are summed over ranks
-        total += part.item()
+        if isinstance(part, DTensor):  # of sharded weights themselves: one for all ranks
+            part.backward()
+        else:
+            (part / grpo.world_size()).backward()  # gradients are summed over ranks
+        total += grpo.whole(part.detach()).item()
     return sum_over_ranks(trainer, total)[0] / grpo.world_size()
 
 
@@ -761,7 +775,8 @@ def warmup_step(trainer: Trainer) -> float:
     mine += [as_trajectory(item)[0] for item in replayed[grpo.rank() :: grpo.world_size()]]
     num_tokens, _ = sum_over_ranks(trainer, sum(sum(t.action_mask) for t in mine), 0)
     total = 0.0
-    for part in make_batches(trainer, [(t, 1.0) for t in mine]):
+    trainer.batches = make_batches(trainer, [(t, 1.0) for t in mine])
+    for part in trainer.batches:
         logprobs = grpo.token_logprobs(trainer.model, **{**part["scored"], "temperature": 1.0})
         loss = -logprobs.sum() / num_tokens
         loss.backward()
@@ -989,6 +1004,15 @@ def damaged(folder, error) -> ValueError:
     )
 
 
+def other_parameters(model, folder) -> list[str]:
+    """Those that are trained now, or were when the checkpoint was written, and not both in the same shape."""
+    with safe_open(folder / "optimizer.safetensors", "pt") as moments:
+        paths = [path for path in moments.keys() if path.endswith("/exp_avg")]  # noqa: SIM118 (it is no dict)
+        saved = {(path.rpartition("/")[0], tuple(moments.get_slice(path).get_shape())) for path in paths}
+    trained = {(name, tuple(p.shape)) for name, p in grpo.trained_parameters(model).items()}
+    return sorted({name for name, _ in saved ^ trained}) if saved else []
+
+
 def load_checkpoint(trainer: Trainer, folder: Path, saved: dict):
     """Puts a trainer, its model loaded already, back to where the checkpoint was saved."""
     trainer.state, trainer.scores = saved["state"], saved["scores"]
@@ -1056,7 +1080,7 @@ def check(args: Args):
     counts = (
         "batch_size_per_gpu gradient_accumulation_steps num_samples_per_prompt max_turns max_new_tokens eval_trials"
     )
-    counts += " micro_batch_tokens num_iterations"
+    counts += " micro_batch_tokens num_iterations fisher_samples"
     files = "checkpoint_every keep_checkpoints warmup_check_every"
     rates = "learning_rate warmup_learning_rate max_grad_norm temperature"
     bounds = dict.fromkeys(f"{counts} {files} {rates}".split(), ("greater than 0", lambda x: 0 < x < math.inf))
@@ -1075,6 +1099,7 @@ def check(args: Args):
     for name, (wanted, holds) in bounds.items():
         if not holds(getattr(args, name)):
             raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)}")
+    regularize.check_coefficients(args.ewc_lambda, args.ewc_decay, args.lwf_coef)
     packages = {"wandb_project": ("wandb", args.wandb_project), "tensorboard": ("tensorboard", args.tensorboard)}
     for flag, (package, wanted) in packages.items():
         if wanted and importlib.util.find_spec(package) is None:
@@ -1140,11 +1165,12 @@ def set_up(args: Args, device="cpu") -> Trainer:
         if checkpoints(run):  # a run killed before its first one begins again
             folder = checkpoints(run)[-1]
             saved = read_checkpoint(folder)
+    regularize.set_defaults(args)
     check(args)
     train_tasks, eval_tasks = select_tasks(args)
     if args.resume and config["train_tasks"] != task_ids(train_tasks):
         raise ValueError(f"cannot resume {run}: the train_tasks of its config.json are not those of this tau2")
-    algorithm = replay.load_algorithm(args.cl_algorithm, args, ALGORITHMS)
+    algorithm = regularize.with_penalties(replay.load_algorithm(args.cl_algorithm, args, ALGORITHMS), args)
     corpus = None
     if args.model_name_or_path == "tiny":
         # Cut, as the policy sees them; the tokenizer is made for these tasks, the policy knows no others.
@@ -1195,9 +1221,13 @@ def set_up(args: Args, device="cpu") -> Trainer:
     trainer.optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, foreach=False)
     if folder is not None:
         try:
-            load_checkpoint(trainer, folder, saved)
+            other = other_parameters(model, folder)
+            if not other:
+                load_checkpoint(trainer, folder, saved)
         except Exception as error:  # right sizes, wrong content: whatever the reader of that format raises
             raise damaged(folder, error) from error
+        if other:
+            raise ValueError(f"cannot resume {run}: other parameters were trained in it, see {', '.join(other[:3])}")
         if trainer.state["ranks"] != grpo.world_size():
             say(f"resuming with {grpo.world_size()} ranks a run of {trainer.state['ranks']}: batches change their size")
             trainer.state["ranks"] = grpo.world_size()

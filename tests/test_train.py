@@ -28,6 +28,7 @@ import eval as evaluation
 import generative
 import grpo
 import oracle
+import regularize
 import replay
 import train
 from train import Args, parse_args
@@ -308,6 +309,35 @@ def rehearsed_step(shard=False):
     return torch.cat([before - law_weights(trainer), torch.tensor([stats["extra_loss"]])])
 
 
+def held_step(shard=False):
+    """The gradient of EWC and LwF with GRPO's, from a policy that has moved; and the Fisher information."""
+    trainer, trajectories = law_trainer("dapo", shard=shard, micro_batch_tokens=40)
+    trainer.algorithm = regularize.Composed(regularize.EWC(300.0), regularize.LwF(0.5))
+    ewc = trainer.algorithm.algorithms[0]
+    trainer.finished = [(train_item(t), 0.0) for t in trajectories[:5]]  # uneven
+    trainer.algorithm.post_step_hook(trainer, "")
+    trainer.algorithm.post_task_hook(trainer, "")
+    fisher = torch.cat([torch.tensor(list(ewc.information.values())), shown_whole(trainer, ewc.held[0][1])])
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in grpo.trained_parameters(trainer.model).values():
+            p.add_(grpo.part_like(0.003 * torch.randn(p.shape, generator=rng), p))
+    before = law_weights(trainer)
+    mine = trajectories[:3][grpo.rank() :: grpo.world_size()]
+    stats = train.update(trainer, [(t, 1.0) for t in mine])
+    return torch.cat([before - law_weights(trainer), torch.tensor([stats["extra_loss"]])]), fisher
+
+
+def train_item(trajectory):
+    return {name: getattr(trajectory, name) for name in train.STORED}
+
+
+def shown_whole(trainer, parts):
+    parameters = grpo.trained_parameters(trainer.model).values()
+    tensors = [grpo.whole(grpo.shard_like(part, p)) for part, p in zip(parts, parameters, strict=True)]
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
 def apart(a, b):
     return ((a - b).norm() / b.norm()).item()
 
@@ -356,6 +386,7 @@ def law_rank(rank, path):
     for shard in (False, True):
         torch.save(penalty_step(shard), f"{path}.penalty.{rank}.{shard}")
         torch.save(rehearsed_step(shard), f"{path}.rehearsed.{rank}.{shard}")
+        torch.save(held_step(shard), f"{path}.held.{rank}.{shard}")
     for shard in (False, True):
         torch.save(lora_step(f"{path}.base", shard), f"{path}.lora.{rank}.{shard}")
     trainer, trajectories = law_trainer("dapo")
@@ -387,6 +418,12 @@ def test_the_gradient_does_not_depend_on_ranks_or_shards(tmp_path):
         assert apart(torch.load(path, weights_only=True), lora) < 0.02, path  # bfloat16
     for path in tmp_path.glob("law.penalty.*"):
         assert apart(torch.load(path, weights_only=True), penalty_step()) < 1e-5, path
+    held, fisher = held_step()
+    assert fisher.max() > 1e-2 and len([*tmp_path.glob("law.held.*")]) == 4
+    for path in tmp_path.glob("law.held.*"):
+        found, of_ranks = torch.load(path, weights_only=True)
+        assert apart(of_ranks, fisher) < 1e-5 and apart(found[:-1], held[:-1]) < 1e-5, path
+        assert found[-1].item() == pytest.approx(held[-1].item(), rel=1e-4)
     rehearsed = rehearsed_step()
     assert rehearsed[:-1].norm() > 1e-3 and len([*tmp_path.glob("law.rehearsed.*")]) == 4
     for path in tmp_path.glob("law.rehearsed.*"):
@@ -1032,6 +1069,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
         ("--lr_decay 1.01", "lr_decay"),
         ("--cl_algorithm generative_replay --window 1", "window must be at least 2, got 1"),
         ("--cl_algorithm generative_replay --replay_weight 0", "replay_weight"),
+        ("--ewc_lambda -1", "ewc_lambda must be 0 or more, got -1"),
+        ("--cl_algorithm ewc --ewc_lambda nan", "ewc_lambda"),
+        ("--lwf_coef -0.1", "lwf_coef must be 0 or more, got -0.1"),
+        ("--cl_algorithm online_ewc --ewc_decay 1.1", "ewc_decay must be in [0, 1], got 1.1"),
+        ("--cl_algorithm ewc --ewc_decay 0.9", "online_ewc"),
+        ("--ewc_decay 0.9", "online_ewc"),
+        ("--cl_algorithm ewc --fisher_samples 0", "fisher_samples"),
+        ("--cl_algorithm joint --ewc_lambda 1", "joint"),
+        ("--cl_algorithm ewc --task_order airline", "a domain that has ended"),
         ("--replay_ratio 1.0", "replay_ratio"),
         ("--replay_ratio -0.1", "replay_ratio"),
         ("--max_tasks_per_domain 0", "max_tasks"),
