@@ -973,14 +973,12 @@ def run_arm(args: Args, arm, seed) -> dict:
         earlier = [len(new) + k for k, i in enumerate(drawn) if buffer.labels[i] < stage]
         if penalty and stage > 0:
             loss = loss + sum(penalty.penalty(model.parameters()))
-        if teacher is not None:
+        distilled = earlier if arm == "lars_distill" else list(range(len(new)))
+        if teacher is not None and distilled:
             with torch.no_grad():
-                old_predicted = teacher(noisy)
-            taught = nmse(predicted, old_predicted)
-            if arm == "lars_distill":
-                loss = loss + args.distill_coef * taught[earlier].sum() / len(losses)
-            else:
-                loss = loss + args.lwf_coef * taught[: len(new)].mean()
+                taught = teacher(noisy[distilled])
+            weight = args.distill_coef / len(losses) if arm == "lars_distill" else args.lwf_coef / len(new)
+            loss = loss + weight * nmse(predicted[distilled], taught).sum()
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * decay**seen
         seen += len(new)
@@ -1004,8 +1002,9 @@ def run_arm(args: Args, arm, seed) -> dict:
                         add(buffer, train[i].clone(), label=stage, loss=loss, policy=policy, rng=rng)
             curve.append(measure(args.eval_snr))
         if penalty:
-            some = train[torch.randperm(len(train), generator=generator)[: args.fisher_samples]]
-            noisy, target = (part.to(device) for part in augment(some, generator))
+            apart = torch.Generator().manual_seed(seed)  # so that all arms draw the same batches and noise
+            some = train[torch.randperm(len(train), generator=apart)[: args.fisher_samples]]
+            noisy, target = (part.to(device) for part in augment(some, apart))
             batches = zip(noisy.split(1), target.split(1), strict=True)
             penalty.consolidate(model, batches, lambda model, batch: nmse(model(batch[0]), batch[1]))
         if arm in ("lars_distill", "lwf", "er_plus"):

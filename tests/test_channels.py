@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import regularize  # noqa: F401 (imported before a test changes copy.deepcopy)
 import replay
 from replay import SCENARIOS, Args, augment, generate_channels, nmse
 
@@ -221,6 +222,22 @@ def test_the_teacher_is_a_frozen_copy_of_the_scenarios_end(made, monkeypatch):
     assert distilled["curve"][2] == plain["curve"][2] and distilled["curve"][3] != plain["curve"][3]
     without = replay.run_arm(small(made, distill_coef=0.0), "lars_distill", 0)
     assert without["curve"] == pytest.approx(np.array(plain["curve"]))
+
+
+@pytest.mark.parametrize(
+    "arm, plain", [("ewc", "naive"), ("online_ewc", "naive"), ("lwf", "naive"), ("er_plus", "reservoir")]
+)
+def test_penalties_are_added_to_the_loss(arm, plain, made):
+    """With weight 0 they change nothing at all; with one the scenarios behind the first."""
+    plain = replay.run_arm(small(made), plain, 0)
+    without = replay.run_arm(small(made, ewc_lambda=0.0, lwf_coef=0.0), arm, 0)
+    held = replay.run_arm(small(made, ewc_lambda=50.0, lwf_coef=5.0), arm, 0)
+    assert without["curve"] == pytest.approx(np.array(plain["curve"]))
+    assert held["curve"][2] == pytest.approx(plain["curve"][2]) and held["curve"][3] != pytest.approx(plain["curve"][3])
+    size = sum(4 * p.numel() for p in replay.ChannelPredictor("lstm", 8, 1, 3).parameters())
+    policies = {"ewc": 6 * size, "online_ewc": 2 * size, "lwf": size, "er_plus": 7 * size + plain["bytes_kept"]}
+    assert held["bytes_kept"] == policies[arm]
+    assert plain["bytes_kept"] == (20 * 4 * 16 * 8 if arm == "er_plus" else 0)
 
 
 def test_training_learns_and_the_rate_falls(made, monkeypatch):

@@ -786,6 +786,32 @@ def test_the_order_of_the_arms():
     assert 0.9 < scores["conditional_soft"] < scores["mixture"] < scores["joint"] and scores["joint"] > 0.93
 
 
+@pytest.mark.parametrize("arm, plain", [("ewc", "naive"), ("online_ewc", "naive"), ("er_plus", "experience_replay")])
+@pytest.mark.parametrize("scenario", generative.SCENARIOS)
+def test_penalties_are_added_to_the_loss(scenario, arm, plain):
+    """With weight 0 they change nothing at all; with one the tasks behind the first."""
+    plain = generative.run_arm(Args(iterations=20), scenario, plain, 0)
+    without = generative.run_arm(Args(iterations=20, ewc_lambda=0.0, lwf_coef=0.0), scenario, arm, 0)
+    held = generative.run_arm(Args(iterations=20, ewc_lambda=1e3, lwf_coef=1.0), scenario, arm, 0)
+    assert without["R"] == plain["R"]
+    assert held["R"][0] == plain["R"][0] and held["R"][1:] != plain["R"][1:]
+    size = (held["bytes_kept"] - plain["bytes_kept"]) / {"ewc": 10, "online_ewc": 2, "er_plus": 11}[arm]
+    assert size == 4 * (64 * 100 + 100 + 100 * 100 + 100 + 101 * (2 if scenario == "domain" else 10))
+
+
+def test_the_fisher_information_is_of_labels_that_compete(monkeypatch):
+    """At the n-th task: of all classes so far, of the two, of the two of its head; drawn as the solver has them."""
+    logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(0)).expand(30_000, 10)
+    torch.manual_seed(0)
+    for scenario, competing in (("class", slice(0, 6)), ("task", slice(4, 6)), ("domain", slice(0, 2))):
+        heads = generative.Heads(scenario, 5, 2)
+        given = logits[:, : heads.outputs]
+        losses = generative.surprise(given, heads, 3)
+        p = given[0, competing].softmax(0)
+        share = [(losses + p[k].log()).abs().lt(1e-5).float().mean().item() for k in range(len(p))]
+        assert share == pytest.approx(p.tolist(), abs=0.015)
+
+
 def write_idx(path, array):
     path.write_bytes(bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes())
 
