@@ -352,6 +352,16 @@ class PolicyProvider(litellm.CustomLLM):
         return model_response
 
 
+def policy_of_user(user) -> str | None:
+    """PATH of "policy:PATH", None for other users. ValueError where there is no such directory."""
+    if not user.startswith("policy:"):
+        return None
+    path = user.removeprefix("policy:")
+    if not Path(path).is_dir():
+        raise ValueError(f"user {user}: there is no directory {path}")
+    return path
+
+
 def use_policy_as_user(path, model_dtype, device, **llm_args):
     """Makes the local policy at `path` a user by the name policy:PATH, with tau2's guidelines."""
     provider = PolicyProvider(model_dtype, device)
@@ -867,6 +877,9 @@ class Args:
     """that user's model is served here"""
     user_temperature: float = 0.0
     """of that user"""
+    retrieval: str = oracle.RETRIEVAL
+    """banking_knowledge (tau2 1.0): how the agent reads its documents; bm25_grep, bm25, grep_only, golden_retrieval,
+    full_kb, no_knowledge, or another of tau2's that needs a server"""
     judge: str | None = None
     """litellm name of the model that judges assertions in words (tau2 1.0's retail); default: they are left out"""
     judge_api_base: str | None = None
@@ -921,6 +934,8 @@ def evaluation_settings(args: Args) -> tuple[dict, dict]:
     for name in ("num_trials", "at_once"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+    oracle.use_judge(args.judge, args.judge_api_base)
+    oracle.use_retrieval(args.retrieval)
     config = _run_config(args.model_name_or_path)
     usual = {"temperature": 0.7, "max_new_tokens": 2048, "max_turns": 30, "model_dtype": "bfloat16"}
     given = {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
@@ -944,10 +959,7 @@ def evaluation_settings(args: Args) -> tuple[dict, dict]:
     for name, value in (("temperature", settings["temperature"]), ("user_temperature", args.user_temperature)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be 0 or more, got {value}")
-    oracle.use_judge(args.judge, args.judge_api_base)
-    is_policy = args.user.startswith("policy:")
-    if is_policy and not Path(args.user.removeprefix("policy:")).is_dir():
-        raise ValueError(f"user {args.user}: there is no directory {args.user.removeprefix('policy:')}")
+    is_policy = policy_of_user(args.user) is not None
     if is_model_user and not is_policy:
         oracle.use_model_as_user(args.user, args.user_api_base, temperature=args.user_temperature, seed=args.seed)
     if not is_policy and args.user not in (*oracle.USERS, "solo"):
@@ -1043,8 +1055,8 @@ def run_evaluation(args: Args):
         names = ("temperature", "max_new_tokens", "max_context", "max_user_tokens", "max_tool_tokens")
         sampling = {name: settings[name] for name in names}
     known = open_folder(folder, settings)
-    if args.user.startswith("policy:"):
-        path = args.user.removeprefix("policy:")
+    path = policy_of_user(args.user)
+    if path:
         use_policy_as_user(path, settings["model_dtype"], device, temperature=args.user_temperature)
 
     def keep(record, episode):

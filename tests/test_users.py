@@ -376,6 +376,22 @@ def test_two_policies_talk_to_each_other(tmp_path):
     assert len(trials) == 4 and any(r["reward"] is not None for r in trials)
 
 
+def test_a_run_is_trained_with_a_local_policy_as_its_user(tmp_path, monkeypatch, capsys):
+    model, tokenizer = grpo.load_policy("tiny", "float32", "cpu")
+    grpo.save_policy(model, tokenizer, tmp_path / "policy", grpo.gathered_weights(model))
+    monkeypatch.setattr(oracle.SimulatedUser, "BACKOFF", 0.0)
+    sizes = "--max_tasks_per_domain 1 --num_steps_per_task 1 --batch_size_per_gpu 1 --num_samples_per_prompt 2"
+    limits = "--warmup_steps 1 --max_turns 2 --max_new_tokens 4 --eval_trials 1 --max_invalid_share 1"
+    names = f"--task_order telecom --user policy:{tmp_path / 'policy'} --runs_dir {tmp_path} --run_name r"
+    summary = train.train(train.parse_args(f"{names} {sizes} {limits}".split()))
+    assert summary["user"] == f"policy:{tmp_path / 'policy'}" and "solo" not in summary["note"]
+    records = evaluation.read_jsonl(tmp_path / "r" / "trajectories.jsonl")
+    assert len(records) >= 4 and any(m["role"] == "user" for r in records for m in r["messages"])
+    with pytest.raises(ValueError, match="there is no directory /no/such"):
+        train.train(train.parse_args(["--user", "policy:/no/such", "--runs_dir", str(tmp_path / "other")]))
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("user, message", [("policy:/no/such", "no directory /no/such"), ("nobody", "unknown user")])
 def test_users_that_are_not_there_are_named(user, message, tmp_path):
     with pytest.raises(ValueError, match=message):
