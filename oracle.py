@@ -74,14 +74,21 @@ except ModuleNotFoundError:
 
 def _action_reward(domain, solo, task, messages) -> RewardInfo:
     """1.0 also says of each action whether its tool reads or writes."""
+    types = _tool_types(domain, solo)
+    return ActionEvaluator.calculate_reward(
+        task=task, full_trajectory=messages, **({} if types is None else {"tool_types": types})
+    )
+
+
+@functools.cache
+def _tool_types(domain, solo) -> dict | None:
     if "tool_types" not in inspect.signature(ActionEvaluator.calculate_reward).parameters:
-        return ActionEvaluator.calculate_reward(task=task, full_trajectory=messages)
+        return None
     from tau2.environment.toolkit import get_tool_types
 
     env = _template(domain, solo)
     toolkits = [toolkit for toolkit in (env.tools, env.user_tools) if toolkit is not None]
-    types = {name: kind for toolkit in toolkits for name, kind in get_tool_types(toolkit).items()}
-    return ActionEvaluator.calculate_reward(task=task, full_trajectory=messages, tool_types=types)
+    return {name: kind for toolkit in toolkits for name, kind in get_tool_types(toolkit).items()}
 
 
 OFFLINE_RETRIEVAL = ("bm25_grep", "bm25", "grep_only", "golden_retrieval", "full_kb", "no_knowledge")
@@ -98,7 +105,7 @@ def use_retrieval(variant):
     if variant not in known:
         raise ValueError(f"unknown retrieval {variant!r}; choose one of {', '.join(known)}")
     RETRIEVAL = variant
-    for cached in (_template, _pristine, _agent_view, do_nothing_rate, data_version):
+    for cached in (_template, _tool_types, _pristine, _agent_view, do_nothing_rate, data_version):
         cached.cache_clear()
 
 
@@ -350,7 +357,7 @@ def _canonical(value) -> str:
 @functools.cache
 def _pristine(domain: str, side: str, table: str, key=None) -> str | None:
     db = getattr(_template(domain, False), side).db
-    value = getattr(db, table)
+    value = getattr(db, table, None)  # 1.0 may give the user's side the agent's database
     if key is None:
         return _canonical(value)
     return _canonical(value[key]) if key in value else None
@@ -823,9 +830,7 @@ def _agent_view(domain: str, solo: bool, policy: str):
     env = _template(domain, solo)
     tools = env.get_tools()
     if not solo:
-        return LLMAgent(tools=tools, domain_policy=policy, llm="").system_prompt, [
-            tool.openai_schema for tool in tools
-        ]
+        return LLMAgent(tools=tools, domain_policy=policy, llm="").system_prompt, [tool.openai_schema for tool in tools]
 
     def done() -> str:
         """Call this function when you are done with the task."""

@@ -18,6 +18,7 @@ from tau2.registry import registry
 
 import oracle
 
+BANKING = "banking_knowledge" in registry.get_domains()  # tau2 1.0
 NUM_BASE_TASKS = {"airline": 50, "retail": 114, "telecom": 114}
 
 
@@ -113,12 +114,10 @@ def test_scoring_twice_gives_the_same():
 
 
 def test_doing_nothing_passes_what_it_passes_in_tau2():
-    rates = {(d, s): oracle.do_nothing_rate(d, s) for d in oracle.DOMAINS for s in ("train", "test")}
-    assert rates["airline", "train"] == pytest.approx(13 / 30)
-    assert rates["airline", "test"] == pytest.approx(6 / 20)
-    assert rates["retail", "train"] == pytest.approx(5 / 74)
-    assert rates["retail", "test"] == pytest.approx(2 / 40)
-    assert rates["telecom", "train"] == rates["telecom", "test"] == 0.0
+    rates = [oracle.do_nothing_rate(d, s) for d in ("airline", "retail") for s in ("train", "test")]
+    expected = {"0.2": [13 / 30, 6 / 20, 5 / 74, 2 / 40], "1.0": [16 / 30, 7 / 20, 5 / 74, 2 / 40]}
+    assert rates == pytest.approx(expected["1.0" if BANKING else "0.2"])
+    assert oracle.do_nothing_rate("telecom", "train") == oracle.do_nothing_rate("telecom", "test") == 0.0
 
 
 # ----------------------------------------------------------------------------------------- speed and privacy
@@ -201,7 +200,8 @@ def test_splits_are_tau2s():
 
 def test_a_domain_without_splits_is_cut():
     train, test = (oracle.load_tasks("mock", split, train_split=0.7, seed=3) for split in ("train", "test"))
-    assert len(train) == round(0.7 * 9) and len(test) == 9 - len(train)
+    number = len(registry.get_tasks_loader("mock")(None))  # 9 in tau2 0.2, 10 in 1.0
+    assert len(train) == round(0.7 * number) and len(test) == number - len(train) > 0
     assert not {t.id for t in train} & {t.id for t in test}
     assert [t.id for t in train] != [t.id for t in oracle.load_tasks("mock", "train", train_split=0.7, seed=4)]
 
@@ -469,3 +469,66 @@ def test_the_script_shows_a_task_and_names_what_is_wrong():
     wrong = run_script("--domain", "retail", "--task", "9999")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.count("\n") == 1 and "9999" in wrong.stderr
+
+
+# ------------------------------------------------------------------------------- banking_knowledge (tau2 1.0)
+
+
+@pytest.mark.skipif(not BANKING, reason="tau2 1.0 only")
+def test_every_banking_task_can_be_played_and_scores_as_in_tau2():
+    """97 gold conversations; every eighth, cut short and not played at all as well, against tau2's own evaluator."""
+    before = oracle._template("banking_knowledge", False).get_db_hash()
+    tasks = oracle.load_tasks("banking_knowledge", "base")
+    assert len(tasks) == 97
+    for index, task in enumerate(tasks):
+        gold = oracle.demonstrate("banking_knowledge", task)
+        assert oracle.score(gold).reward == 1.0 and not gold.solo, task.id
+        if index % 8 == 0:
+            turns = [turn for turn in oracle.agent_turns(gold) if turn.get("tool_calls")]
+            for episode in (
+                gold,
+                play("banking_knowledge", task, turns[:-1], "Done."),
+                oracle._do_nothing("banking_knowledge", task),
+            ):
+                oracle.score(episode, verify=True)
+    assert oracle._template("banking_knowledge", False).get_db_hash() == before
+    train, test = (oracle.load_tasks("banking_knowledge", split) for split in ("train", "test"))
+    assert len(train) == 78 and {t.id for t in train} | {t.id for t in test} == {t.id for t in tasks}
+
+
+@pytest.mark.skipif(not BANKING, reason="tau2 1.0 only")
+@pytest.mark.parametrize("variant", oracle.OFFLINE_RETRIEVAL)
+def test_every_offline_way_to_read_documents_works(variant):
+    tasks = oracle.load_tasks("banking_knowledge", "base")[:2]
+    try:
+        oracle.use_retrieval(variant)
+        episodes = [oracle.Episode("banking_knowledge", task) for task in tasks]
+        names = {tool["function"]["name"] for tool in episodes[0].tools}
+        assert ("KB_search" in names) == variant.startswith("bm25")
+        assert ("grep" in names) == (variant in ("bm25_grep", "grep_only"))
+        found = {"KB_search": {"query": "Gold Rewards Card"}, "grep": {"pattern": "Gold Rewards Card"}}
+        for name in names & set(found):
+            [answer] = episodes[0].act({"tool_calls": [{"function": {"name": name, "arguments": found[name]}}]})
+            assert "Gold Rewards Card" in answer["content"]
+        in_prompt = ["Gold Rewards Card" in episode.system for episode in episodes]
+        expected = {"golden_retrieval": in_prompt[0], "full_kb": all(in_prompt)}.get(variant, not any(in_prompt))
+        assert expected, in_prompt
+        assert (episodes[0].system == episodes[1].system) == (variant != "golden_retrieval")
+        gold = oracle.demonstrate("banking_knowledge", tasks[0])
+        assert oracle.score(gold, verify=True).reward == 1.0
+        assert oracle.data_version()["retrieval"] == variant
+    finally:
+        oracle.use_retrieval("bm25_grep")
+
+
+@pytest.mark.skipif(not BANKING, reason="tau2 1.0 only")
+def test_users_have_the_tools_that_their_task_grants():
+    for task in oracle.load_tasks("banking_knowledge", "base")[:30]:
+        episode = oracle.Episode("banking_knowledge", task)
+        assert {tool.name for tool in oracle.user_tools(episode.env, task)} == set(task.user_tools)
+
+
+def test_a_way_to_read_documents_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match=r"unknown retrieval 'magic'; choose one of .*bm25_grep"):
+        oracle.use_retrieval("magic")
+    assert oracle.RETRIEVAL == "bm25_grep"
