@@ -478,44 +478,82 @@ def plot_transfer_matrix(summary, path):
 
 
 def plot_learning_curves(records, summary, path):
-    """Reward of the rollouts by step (mean of three) for every domain, replayed ones too, with the evaluations on top:
-    hollow after the warm start, filled before training and at the domains' ends."""
+    """Reward and pass rate of a run, see `draw_curves`."""
     plt = _pyplot()
-    order = summary["task_order"]
-    figure, axes = plt.subplots(figsize=(6.4, 3.0), layout="constrained")
-    steps = [r for r in records if r["kind"] == "step"]
-    evaluations = [r for r in records if r["kind"] == "evaluation"]
-    for k, domain in enumerate(order):
-        points = [(r["global_step"], r["reward_by_domain"][domain]) for r in steps if domain in r["reward_by_domain"]]
-        style = {"color": COLOURS[k % 6], "linestyle": DASHES[k % 6]}
-        if points:
-            x, y = np.array(points).T
-            smooth = [y[max(0, i - 2) : i + 1].mean() for i in range(len(y))]
-            breaks = np.flatnonzero(np.diff(x) > 1) + 1  # no line across a domain in which none was replayed
-            for part in np.split(np.arange(len(x)), breaks):
-                axes.plot(x[part], np.array(smooth)[part], **style, linewidth=1.2, alpha=0.8)
-        for stages, face in ((("baseline", "domain"), COLOURS[k % 6]), (("warmup",), "white")):
-            here = [r for r in evaluations if r["stage"] in stages and domain in r["scores"]]
-            axes.plot(
-                [r["global_step"] for r in here],
-                [r["scores"][domain] for r in here],
-                MARKERS[k % 6],
-                color=face,
-                markeredgecolor="black" if face != "white" else COLOURS[k % 6],
-                label=domain if face != "white" else None,
-            )
+    figure, panels = plt.subplots(2, figsize=(6.4, 4.6), sharex=True, layout="constrained")
+    for axes, value in zip(panels, ("reward", "pass rate"), strict=True):
+        draw_curves(axes, [(records, summary)], value)
+        axes.set(ylabel=f"mean {value}" if value == "reward" else value)
     previous = 0
-    for stage, r in zip(summary["stages"], [r for r in evaluations if r["stage"] == "domain"], strict=True):
-        axes.axvline(r["global_step"], color="0.5", linewidth=0.8, linestyle=":")
-        axes.text((previous + r["global_step"]) / 2, 1.06, f"training {stage}", ha="center", fontsize=8)
+    for stage, r in zip(summary["stages"], _at_ends(records), strict=True):
+        panels[0].text((previous + r["global_step"]) / 2, 1.06, f"training {stage}", ha="center", fontsize=8)
         previous = r["global_step"]
-    axes.set(xlabel="optimiser step", ylabel="mean reward", ylim=(-0.03, 1.03))
+    panels[-1].set_xlabel("optimiser step")
     title = "lines: rollouts\nfilled: evaluation\nhollow: warm start"
-    legend = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False}
-    axes.legend(title=title, fontsize=7, title_fontsize=7, **legend)
-    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    legend = {"loc": "outside right center", "frameon": False, "fontsize": 7, "title_fontsize": 7}
+    figure.legend(handles, labels, title=title, **legend)
     figure.savefig(path, dpi=200)
     plt.close(figure)
+
+
+def draw_curves(axes, runs, value):
+    """ "reward" or "pass rate" of every domain over all training steps of runs (records of metrics.jsonl, summary) that
+    differ in seed: of the rollouts as lines (mean of three steps; replayed ones, too), of the evaluations as points on
+    top, hollow after the warm start, filled before training and at the domains' ends. Several runs: their mean, with
+    the 95% interval over those that have a value there as a band, or bar. Dotted: where a domain ends."""
+    for k, domain in enumerate(runs[0][1]["task_order"]):
+        style = {"color": COLOURS[k % 6], "linestyle": DASHES[k % 6]}
+        curves = [rollout_curve(records, domain, value) for records, _ in runs]
+        steps = np.array(sorted(set().union(*curves)))
+        for part in np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1):  # none where it was not played
+            if len(part):
+                _draw_band(axes, part, [[c[x] for c in curves if x in c] for x in part], **style, linewidth=1.2)
+        for stages, face in ((("baseline", "domain"), COLOURS[k % 6]), (("warmup",), "white")):
+            found = {}
+            for records, _ in runs:
+                for r in records:
+                    if r["kind"] == "evaluation" and r["stage"] in stages and domain in r["scores"]:
+                        key = "reward_mean" if value == "reward" else "pass_rate"
+                        found.setdefault(r["global_step"], []).append(r["details"][domain][key])
+            middle = {x: interval(values) for x, values in found.items()}
+            axes.errorbar(
+                list(middle),
+                [mean for mean, _ in middle.values()],
+                [0.0 if math.isnan(half) else half for _, half in middle.values()] if len(runs) > 1 else None,
+                fmt=MARKERS[k % 6],
+                markersize=5,
+                color=COLOURS[k % 6],
+                markerfacecolor=face,
+                markeredgecolor="black" if face != "white" else COLOURS[k % 6],
+                elinewidth=0.8,
+                label=domain if face != "white" else None,
+            )
+    for r in _at_ends(runs[0][0]):
+        axes.axvline(r["global_step"], color="0.5", linewidth=0.8, linestyle=":")
+    axes.set(ylim=(-0.03, 1.03))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _at_ends(records):
+    return [r for r in records if r["kind"] == "evaluation" and r["stage"] == "domain"]
+
+
+def rollout_curve(records, domain, value) -> dict[int, float]:
+    """By optimiser step, the mean over it and the two steps before it in which the domain was played."""
+    name = "reward_by_domain" if value == "reward" else "pass_rate_by_domain"
+    steps = [r for r in records if r["kind"] == "step"]
+    points = [(r["global_step"], r[name][domain]) for r in steps if domain in r.get(name, {})]
+    y = np.array([y for _, y in points])
+    return {x: float(y[max(0, i - 2) : i + 1].mean()) for i, (x, _) in enumerate(points)}
+
+
+def _draw_band(axes, x, values, **style):
+    """A line of means, and where there are several values their 95% intervals."""
+    mean, half = np.array([interval(v) for v in values]).T
+    half = np.where(np.isnan(half), 0.0, half)
+    axes.plot(x, mean, **style, alpha=0.8)
+    axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.15, lw=0)
 
 
 def _pyplot():
@@ -812,42 +850,45 @@ def plot_comparison(groups, base, path):
 
 
 def plot_curves_over_seeds(groups, path):
-    """A panel per group: the mean over seeds of each domain's reward after each stage, with the range over seeds."""
+    """A panel per group: `draw_curves` of its runs where they have their metrics.jsonl; else the reward after each
+    stage. Means with 95% intervals over seeds."""
     plt = _pyplot()
     columns = min(3, len(groups))
     rows = math.ceil(len(groups) / columns)
-    figure, panels = plt.subplots(
-        rows,
-        columns,
-        figsize=(2.4 * columns, 1.7 * rows + 0.5),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (2.4 * columns, 1.7 * rows + 0.5)
+    figure, panels = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axes in panels.flat[len(groups) :]:
         axes.axis("off")
     for place, (axes, group) in enumerate(zip(panels.flat, groups, strict=False)):
-        summaries = [group.summaries[seed] for seed in sorted(group.summaries)]
-        order = summaries[0]["task_order"]
-        scores = np.array([[[s["baseline"][d] for d in order], *s["R"]] for s in summaries])  # (seeds, stages + 1, T)
-        x = np.arange(scores.shape[1])
-        for k, domain in enumerate(order):
-            mean = scores[:, :, k].mean(0)
-            style = {"color": COLOURS[k % 6], "linestyle": DASHES[k % 6]}
-            axes.plot(x, mean, marker=MARKERS[k % 6], markersize=4, label=domain, **style)
-            axes.fill_between(x, scores[:, :, k].min(0), scores[:, :, k].max(0), color=COLOURS[k % 6], alpha=0.15, lw=0)
+        seeds = sorted(group.summaries)
+        files = [group.folders[seed] / "metrics.jsonl" for seed in seeds]
+        if all(file.is_file() for file in files):
+            runs = [(read_jsonl(file), group.summaries[seed]) for file, seed in zip(files, seeds, strict=True)]
+            draw_curves(axes, runs, "reward")
+            axes.set_xlabel("optimiser step" if place + columns >= len(groups) else "", fontsize=7)
+            axes.tick_params(axis="x", labelsize=6)
+        else:
+            _draw_stages(axes, [group.summaries[seed] for seed in seeds])
+            axes.tick_params(axis="x", labelbottom=place + columns >= len(groups))
         axes.set_title("\n".join(textwrap.wrap(group.name, 34)), fontsize=7)
-        axes.set(ylim=(-0.03, 1.03), xticks=x)
-        axes.set_xticklabels(["start", *[f"after {d}" for d in order]], rotation=30, ha="right", fontsize=6)
-        axes.tick_params(axis="x", labelbottom=place + columns >= len(groups))
         axes.tick_params(axis="y", labelsize=6)
+        axes.set(ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
-    figure.supylabel("mean reward (band: all seeds)", fontsize=8)
+    figure.supylabel("mean reward", fontsize=8)
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=7)
     figure.savefig(path, dpi=200)
     plt.close(figure)
+
+
+def _draw_stages(axes, summaries):
+    order = summaries[0]["task_order"]
+    scores = np.array([[[s["baseline"][d] for d in order], *s["R"]] for s in summaries])  # (seeds, stages + 1, T)
+    x = np.arange(scores.shape[1])
+    for k, domain in enumerate(order):
+        style = {"color": COLOURS[k % 6], "linestyle": DASHES[k % 6], "marker": MARKERS[k % 6], "markersize": 4}
+        _draw_band(axes, x, scores[:, :, k].T, label=domain, **style)
+    axes.set_xticks(x, ["start", *[f"after {d}" for d in order]], rotation=30, ha="right", fontsize=6)
 
 
 # ------------------------------------------------------------------------------------------- the script

@@ -24,7 +24,7 @@ from torch import Tensor
 import grpo
 from replay import CLAlgorithm
 
-EWC_LAMBDA = 10.0
+EWC_LAMBDA = 1.0
 EWC_DECAY = 0.95
 LWF_COEF = 1.0
 

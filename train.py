@@ -206,7 +206,7 @@ class Args:
     """generative_replay: of the generator (Adam)"""
 
     ewc_lambda: float | None = None
-    """add EWC's penalty with this weight to any algorithm; default: none, and 10 with ewc and online_ewc"""
+    """add EWC's penalty with this weight to any algorithm; default: none, and 1 with ewc and online_ewc"""
     ewc_decay: float | None = None
     """EWC with one running Fisher information, multiplied by this at each domain's end, in [0, 1]; default: one for
     each domain, and 0.95 with online_ewc"""
@@ -756,6 +756,10 @@ def grpo_step(trainer: Trainer) -> dict:
         "reward_std": new.std(correction=0).item(),
         "reward_max": new.max().item(),
         "reward_by_domain": {domain: sum(values) / len(values) for domain, values in by_domain.items()},
+        "pass_rate_by_domain": {
+            domain: sum(reward >= evaluation.PASS for reward in values) / len(values)
+            for domain, values in by_domain.items()
+        },
         "zero_variance_groups": sum(not g.varied for g in trainer.groups) / len(trainer.groups),
         "replayed_groups": sum(g.replayed for g in trainer.groups) / len(trainer.groups),
         "turns": sum(r["turns"] for r in records) / len(records),
