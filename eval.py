@@ -505,22 +505,23 @@ def draw_curves(axes, runs, value):
     for k, domain in enumerate(runs[0][1]["task_order"]):
         style = {"color": COLOURS[k % 6], "linestyle": DASHES[k % 6]}
         curves = [rollout_curve(records, domain, value) for records, _ in runs]
-        steps = np.array(sorted(set().union(*curves)))
+        counts = Counter(x for curve in curves for x in curve)
+        steps = np.array(sorted(x for x, number in counts.items() if number >= min(2, len(runs))))  # else no interval
         for part in np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1):  # none where it was not played
             if len(part):
                 _draw_band(axes, part, [[c[x] for c in curves if x in c] for x in part], **style, linewidth=1.2)
         for stages, face in ((("baseline", "domain"), COLOURS[k % 6]), (("warmup",), "white")):
             found = {}
             for records, _ in runs:
-                for r in records:
-                    if r["kind"] == "evaluation" and r["stage"] in stages and domain in r["scores"]:
-                        key = "reward_mean" if value == "reward" else "pass_rate"
-                        found.setdefault(r["global_step"], []).append(r["details"][domain][key])
-            middle = {x: interval(values) for x, values in found.items()}
+                of_stages = [r for r in records if r["kind"] == "evaluation" and r["stage"] in stages]
+                for place, r in enumerate(r for r in of_stages if domain in r["scores"]):
+                    key = "reward_mean" if value == "reward" else "pass_rate"
+                    found.setdefault((place, r["global_step"]), []).append(r["details"][domain][key])
+            middle = [interval(values) for values in found.values()]
             axes.errorbar(
-                list(middle),
-                [mean for mean, _ in middle.values()],
-                [0.0 if math.isnan(half) else half for _, half in middle.values()] if len(runs) > 1 else None,
+                [step for _, step in found],
+                [mean for mean, _ in middle],
+                [0.0 if math.isnan(half) else half for _, half in middle] if len(runs) > 1 else None,
                 fmt=MARKERS[k % 6],
                 markersize=5,
                 color=COLOURS[k % 6],
@@ -918,9 +919,9 @@ class Args:
     """that user's model is served here"""
     user_temperature: float = 0.0
     """of that user"""
-    retrieval: str = oracle.RETRIEVAL
-    """banking_knowledge (tau2 1.0): how the agent reads its documents; bm25_grep, bm25, grep_only, golden_retrieval,
-    full_kb, no_knowledge, or another of tau2's that needs a server"""
+    retrieval: str | None = None
+    """banking_knowledge (tau2 1.0): how the agent reads its documents; bm25, bm25_grep, grep_only, golden_retrieval,
+    full_kb, no_knowledge, or another of tau2's that needs a server; default: the checkpoint's run's, else bm25"""
     judge: str | None = None
     """litellm name of the model that judges assertions in words (tau2 1.0's retail); default: they are left out"""
     judge_api_base: str | None = None
@@ -976,8 +977,8 @@ def evaluation_settings(args: Args) -> tuple[dict, dict]:
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     oracle.use_judge(args.judge, args.judge_api_base)
-    oracle.use_retrieval(args.retrieval)
     config = _run_config(args.model_name_or_path)
+    oracle.use_retrieval(args.retrieval or config.get("retrieval", oracle.OFFLINE_RETRIEVAL[0]))
     usual = {"temperature": 0.7, "max_new_tokens": 2048, "max_turns": 30, "model_dtype": "bfloat16"}
     given = {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
     limits = ("max_context", "max_user_tokens", "max_tool_tokens")
@@ -993,6 +994,7 @@ def evaluation_settings(args: Args) -> tuple[dict, dict]:
         **{name: config.get(name) for name in limits},
         "seed": args.seed,
         **oracle.data_version(),
+        **({"retrieval": oracle.RETRIEVAL} if "banking_knowledge" in args.domains else {}),
     }
     for name in ("max_new_tokens", "max_turns"):
         if settings[name] < 1:

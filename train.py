@@ -83,7 +83,7 @@ class Args:
     user_api_base: str | None = None
     """that user's model is served here, by an OpenAI-compatible API"""
     retrieval: str = oracle.RETRIEVAL
-    """banking_knowledge (tau2 1.0): how the agent reads its documents; bm25_grep, bm25, grep_only, golden_retrieval,
+    """banking_knowledge (tau2 1.0): how the agent reads its documents; bm25, bm25_grep, grep_only, golden_retrieval,
     full_kb, no_knowledge, or another of tau2's that needs a server"""
     max_turns: int = 30
     """agent turns per conversation"""
@@ -614,14 +614,16 @@ def backward_extra_loss(trainer: Trainer) -> float | None:
     extra = trainer.algorithm.extra_loss(trainer)
     if extra is None:
         return None
-    total = 0.0
+    total, number = 0.0, 0
     for part in [extra] if isinstance(extra, torch.Tensor) else extra:
         if isinstance(part, DTensor):  # of sharded weights themselves: one for all ranks
             part.backward()
         else:
             (part / grpo.world_size()).backward()  # gradients are summed over ranks
         total += grpo.whole(part.detach()).item()
-    return sum_over_ranks(trainer, total)[0] / grpo.world_size()
+        number += 1
+    total, number = sum_over_ranks(trainer, total, number)
+    return total / grpo.world_size() if number > 0 else None
 
 
 def count_tokens(pairs) -> int:
@@ -1257,6 +1259,9 @@ def read_config(run, resume) -> tuple[Args, dict]:
     path = run / "config.json"
     try:
         config = json.loads(path.read_text())
+        missing = [f.name for f in dataclasses.fields(Args) if f.name not in config]
+        if missing:
+            raise KeyError(f"no {missing[0]}; another version may have written it")
         saved = {f.name: config[f.name] for f in dataclasses.fields(Args)}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"cannot resume {run}: {path} is damaged ({type(error).__name__}: {error})") from error

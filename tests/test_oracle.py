@@ -516,9 +516,8 @@ def test_every_offline_way_to_read_documents_works(variant):
         assert (episodes[0].system == episodes[1].system) == (variant != "golden_retrieval")
         gold = oracle.demonstrate("banking_knowledge", tasks[0])
         assert oracle.score(gold, verify=True).reward == 1.0
-        assert oracle.data_version()["retrieval"] == variant
     finally:
-        oracle.use_retrieval("bm25_grep")
+        oracle.use_retrieval("bm25")
 
 
 @pytest.mark.skipif(not BANKING, reason="tau2 1.0 only")
@@ -531,4 +530,56 @@ def test_users_have_the_tools_that_their_task_grants():
 def test_a_way_to_read_documents_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match=r"unknown retrieval 'magic'; choose one of .*bm25_grep"):
         oracle.use_retrieval("magic")
-    assert oracle.RETRIEVAL == "bm25_grep"
+    assert oracle.RETRIEVAL == "bm25"
+
+
+@pytest.mark.parametrize(
+    "pattern, refused",
+    [
+        ("credit card", False),
+        ("credit.*card", False),
+        (r"\$\d{1,3} fee|annual fee", False),
+        ("colou?rs?", False),
+        ("[unclosed", False),  # tau2 takes it literally
+        (r"(\w+\s?)+#$", True),
+        ("(a|a)*b", True),
+        ("(a?){30}a{30}", True),
+        ("a?a?a?a?a?aaaaa", True),
+        (".*.*=.*", True),
+        ("(?:(?=x+)y)*", True),
+        ("x" * 201, True),
+    ],
+)
+def test_patterns_that_could_be_searched_for_too_long_are_refused(pattern, refused):
+    call = {"function": {"name": "grep", "arguments": {"pattern": pattern}}}
+    if refused:
+        with pytest.raises(oracle.Rejected, match="search for words"):
+            oracle._checked_call(call, "1")
+    else:
+        assert oracle._checked_call(call, "1").arguments == {"pattern": pattern}
+
+
+@pytest.mark.skipif(not BANKING, reason="tau2 1.0 only")
+def test_an_answer_does_not_say_how_long_it_took():
+    episode = oracle.Episode("banking_knowledge", oracle.load_tasks("banking_knowledge", "base")[0])
+    call = {"tool_calls": [{"function": {"name": "KB_search", "arguments": {"query": "Gold Rewards Card"}}}]}
+    answers = {episode.act(call)[0]["content"] for _ in range(5)}
+    assert len(answers) == 1 and "Timing" not in answers.pop() and "Score" in episode.messages[-1].content
+
+
+@pytest.mark.skipif(not BANKING, reason="tau2 1.0 only")
+@pytest.mark.parametrize("variant", ["terminal_use", "alltools"])
+def test_retrieval_with_a_shell_is_refused(variant):
+    with pytest.raises(ValueError, match="unknown retrieval"):
+        oracle.use_retrieval(variant)
+
+
+@pytest.mark.skipif(not BANKING, reason="tau2 1.0 only")
+def test_retrieval_that_lacks_something_is_one_line(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    try:
+        oracle.use_retrieval("openai_embeddings")
+        with pytest.raises(ValueError, match="banking_knowledge with retrieval openai_embeddings: OpenAIError"):
+            oracle.make_env("banking_knowledge")
+    finally:
+        oracle.use_retrieval("bm25")

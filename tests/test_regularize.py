@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import PATHS, comparable, fail, small_args
+from test_train import PATHS, SMALL, comparable, fail, run_main, small_args
 from torch.nn import functional as F
 
 import generative
@@ -41,7 +41,12 @@ def test_fisher_is_the_mean_of_squares_of_each_sequences_gradient():
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     batches = iter([(x[:4], y[:4]), (x[4:5], y[4:5]), (x[5:], y[5:])])  # read once
-    found = fisher_diagonal(model, batches, squared_error)
+
+    def freed(model, batch):
+        assert all(p.grad is None for p in model.parameters())  # no gradient is kept beside the sum
+        return squared_error(model, batch)
+
+    found = fisher_diagonal(model, batches, freed)
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
 
     def loss(weights, x, y):
@@ -92,9 +97,11 @@ def log_probability(model, item, temperature):
     return sum(logits[k - 1].log_softmax(-1)[item["token_ids"][k]] for k in places)
 
 
-@pytest.mark.parametrize("chunk", [2**26, 1])
-def test_fisher_of_the_agent_is_of_whole_conversations(policy, chunk, monkeypatch):
+@pytest.mark.parametrize("chunk, recompute", [(2**26, False), (1, False), (1, True)])
+def test_fisher_of_the_agent_is_of_whole_conversations(policy, chunk, recompute, monkeypatch):
     monkeypatch.setattr(grpo, "CHUNK", chunk)
+    if recompute:
+        policy, _ = grpo.load_policy("tiny", "float32", "cpu", gradient_checkpointing=True)
     ewc = EWC(fisher_samples=3, temperature=0.7)
     trainer = SimpleNamespace(model=policy)
     old = [{**item, "domain": "retail"} for item in conversations(2)]  # replayed: not of this domain
@@ -136,6 +143,8 @@ def test_what_has_no_fisher_information_is_named():
     frozen = torch.nn.Linear(2, 1).requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameters"):
         fisher_diagonal(frozen, [(torch.ones(1, 2), torch.ones(1, 1))], squared_error)
+    with pytest.raises(ValueError, match="is not finite"):
+        fisher_diagonal(torch.nn.Linear(2, 1), [(torch.full((1, 2), math.inf), torch.ones(1, 1))], squared_error)
     with pytest.raises(ValueError, match="one sequence at least, got none"):
         fisher_diagonal(torch.nn.Linear(2, 1), [], squared_error)
 
@@ -298,6 +307,29 @@ def test_lwf_is_the_kl_of_the_frozen_policy_on_the_batch(policy, monkeypatch):
     assert lwf.extra_loss(trainer) is None  # a step without a conversation to learn from
 
 
+def test_distillation_reads_any_head_of_the_teacher(policy):
+    """One that is not tied to the embedding, is trained, and has a bias: as it was then."""
+    model = copy.deepcopy(policy)
+    head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size, dtype=torch.float32)
+    model.set_output_embeddings(head)
+    model.compute_dtype = torch.float32
+    row = (torch.tensor([[5, 9, 31, 7]]), torch.ones(1, 4, dtype=torch.long), torch.tensor([[0, 1, 0, 1]]))
+    frozen = grpo.frozen_head(model)
+    states = grpo.hidden_states(model, *row)
+    assert states.shape == (2, model.config.hidden_size) and not states.requires_grad
+    assert not any(p.requires_grad for p in frozen.parameters()) and frozen.weight.data_ptr() != head.weight.data_ptr()
+    assert grpo.distillation_kl(model, *row, frozen, states).item() == pytest.approx(0.0, abs=1e-6)
+    with torch.no_grad():
+        before = model(row[0]).logits[0, [0, 2]].log_softmax(-1)
+        head.bias += torch.randn(head.bias.shape, generator=torch.Generator().manual_seed(0))
+        head.weight *= 1.3
+        after = model(row[0]).logits[0, [0, 2]].log_softmax(-1)
+    expected = (before.exp() * (before - after)).sum().item()
+    assert grpo.distillation_kl(model, *row, frozen, states).item() == pytest.approx(expected, rel=1e-4)
+    head.requires_grad_(False)
+    assert grpo.frozen_head(model) is head  # no copy of what is not trained
+
+
 # ---------------------------------------------------------------------------------------------- composition
 
 
@@ -313,7 +345,29 @@ def test_composition_is_addition_of_losses():
     one, two = torch.tensor(1.0), torch.tensor(2.0)
     losses = Composed(Constant(one), Constant(None), Constant(iter([two, two]))).extra_loss(None)
     assert sum(losses).item() == 5
-    assert Composed(Constant(None), Constant(None)).extra_loss(None) is None
+    assert list(Composed(Constant(None), Constant(None)).extra_loss(None)) == []
+    stored = replay.TrajectoryReplayCL()
+    with pytest.raises(ValueError, match="cannot be composed"):
+        Composed(stored, stored)
+
+
+USERS_OWN = """
+from replay import SequentialCL
+
+class L2(SequentialCL):
+    def extra_loss(self, trainer):
+        return 1e-4 * sum(p.square().sum() for p in trainer.model.parameters())
+"""
+
+
+def test_a_loss_of_the_users_own_stands_beside_lwf_and_ewc(tmp_path):
+    """It is a tensor with a graph through the weights that LwF exchanges to read the frozen policy."""
+    (tmp_path / "own.py").write_text(USERS_OWN)
+    flags = f"--cl_algorithm {tmp_path / 'own.py'}:L2 --lwf_coef 0.1 --ewc_lambda 1 --num_iterations 2 --run_name r"
+    summary = train.train(small_args(tmp_path, *flags.split()))
+    assert summary["statistics"]["tasks held"] == 2
+    steps = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert all(r["extra_loss"] > 0 for r in steps if r["kind"] == "step")
 
 
 def test_a_composed_replay_replays_and_is_saved_whole(tmp_path):
@@ -421,6 +475,26 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(step, tmp_path, monkeypat
     assert set(summary["statistics"]["mean Fisher information"]) == {"airline", "telecom"}
     steps = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert all("extra_loss" in r for r in steps if r["kind"] == "step")
+
+
+def test_a_sharded_run_continues_on_another_number_of_ranks(tmp_path):
+    (tmp_path / "stopper.py").write_text(STOPPER)
+    flags = [*SMALL, "--cl_algorithm", f"{tmp_path / 'stopper.py'}:Stopper", "--runs_dir", str(tmp_path), "--shard"]
+    flags += ["--eval_max_tasks", "1", "--run_name", "r"]
+    stopped = run_main(tmp_path / "shown", *flags, ranks=2, env={"STOP_AT": "2"})
+    assert [code for code, _, _ in stopped] == [143, 143], stopped
+    last = tmp_path / "r" / "checkpoints" / "LAST"
+    before = {name: load_file(last / f"algorithm_{name}.safetensors") for name in ("1_anchor_0", "1_fisher_0")}
+    weights = load_file(last / "model.safetensors")
+    for tensors in before.values():  # whole, not shards
+        assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in weights.items()}
+    [(code, shown, errors)] = run_main(tmp_path / "shown", "--resume", str(tmp_path / "r"), "--shard")
+    assert code == 0 and "resuming with 1 ranks a run of 2" in shown, errors
+    for name, tensors in before.items():  # online EWC: the second domain's information is added to it, decayed
+        after = load_file(last / f"algorithm_{name}.safetensors")
+        if "fisher" in name:
+            assert all((after[n] >= 0.9 * t * (1 - 1e-6)).all() for n, t in tensors.items())
+        assert any(not torch.equal(after[n], t) for n, t in tensors.items())
 
 
 def test_a_run_without_weight_on_the_penalty_is_the_sequential_one(tmp_path):

@@ -443,3 +443,14 @@ def test_cloning_adds_cross_entropy_where_successful_and_leaves_out_the_masked()
     loss.backward()
     expected = [[np.exp(0.5) - 2, -1.0, 0.0], [0.0, np.exp(-0.5) - 1, 0.0]]
     torch.testing.assert_close(logprobs.grad, torch.tensor(expected, dtype=torch.float32))
+
+
+class Optional(replay.CLAlgorithm):
+    def __init__(self, eval_max_tasks, max_context=7, **kwargs):
+        self.found = (eval_max_tasks, max_context)
+
+
+def test_a_flag_that_is_none_leaves_a_default_and_fills_what_has_none():
+    args = SimpleNamespace(eval_max_tasks=None, max_context=None)
+    assert Optional.from_args(args).found == (None, 7)
+    assert Optional.from_args(SimpleNamespace(eval_max_tasks=2, max_context=3)).found == (2, 3)

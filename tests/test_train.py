@@ -309,10 +309,10 @@ def rehearsed_step(shard=False):
     return torch.cat([before - law_weights(trainer), torch.tensor([stats["extra_loss"]])])
 
 
-def held_step(shard=False):
+def held_step(shard=False, ewc_lambda=300.0):
     """The gradient of EWC and LwF with GRPO's, from a policy that has moved; and the Fisher information."""
     trainer, trajectories = law_trainer("dapo", shard=shard, micro_batch_tokens=40)
-    trainer.algorithm = regularize.Composed(regularize.EWC(300.0), regularize.LwF(0.5))
+    trainer.algorithm = regularize.Composed(regularize.EWC(ewc_lambda), regularize.LwF(50.0))
     ewc = trainer.algorithm.algorithms[0]
     trainer.finished = [(train_item(t), 0.0) for t in trajectories[:5]]  # uneven
     trainer.algorithm.post_step_hook(trainer, "")
@@ -386,7 +386,8 @@ def law_rank(rank, path):
     for shard in (False, True):
         torch.save(penalty_step(shard), f"{path}.penalty.{rank}.{shard}")
         torch.save(rehearsed_step(shard), f"{path}.rehearsed.{rank}.{shard}")
-        torch.save(held_step(shard), f"{path}.held.{rank}.{shard}")
+        for ewc_lambda in (0.0, 300.0):
+            torch.save(held_step(shard, ewc_lambda), f"{path}.held.{rank}.{shard}.{ewc_lambda}")
     for shard in (False, True):
         torch.save(lora_step(f"{path}.base", shard), f"{path}.lora.{rank}.{shard}")
     trainer, trajectories = law_trainer("dapo")
@@ -418,12 +419,14 @@ def test_the_gradient_does_not_depend_on_ranks_or_shards(tmp_path):
         assert apart(torch.load(path, weights_only=True), lora) < 0.02, path  # bfloat16
     for path in tmp_path.glob("law.penalty.*"):
         assert apart(torch.load(path, weights_only=True), penalty_step()) < 1e-5, path
-    held, fisher = held_step()
-    assert fisher.max() > 1e-2 and len([*tmp_path.glob("law.held.*")]) == 4
-    for path in tmp_path.glob("law.held.*"):
-        found, of_ranks = torch.load(path, weights_only=True)
-        assert apart(of_ranks, fisher) < 1e-5 and apart(found[:-1], held[:-1]) < 1e-5, path
-        assert found[-1].item() == pytest.approx(held[-1].item(), rel=1e-4)
+    for ewc_lambda in (0.0, 300.0):  # without EWC it is LwF's, for the greatest part
+        held, fisher = held_step(ewc_lambda=ewc_lambda)
+        paths = [*tmp_path.glob(f"law.held.*.{ewc_lambda}")]
+        assert fisher.max() > 1e-2 and held[-1] > 0.1 and len(paths) == 4
+        for path in paths:
+            found, of_ranks = torch.load(path, weights_only=True)
+            assert apart(of_ranks, fisher) < 1e-5 and apart(found[:-1], held[:-1]) < 1e-5, path
+            assert found[-1].item() == pytest.approx(held[-1].item(), rel=1e-4)
     rehearsed = rehearsed_step()
     assert rehearsed[:-1].norm() > 1e-3 and len([*tmp_path.glob("law.rehearsed.*")]) == 4
     for path in tmp_path.glob("law.rehearsed.*"):
@@ -1077,6 +1080,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
         ("--ewc_decay 0.9", "online_ewc"),
         ("--cl_algorithm ewc --fisher_samples 0", "fisher_samples"),
         ("--cl_algorithm joint --ewc_lambda 1", "joint"),
+        ("--cl_algorithm ewc --num_steps_per_task 0", "num_steps_per_task is 0"),
+        ("--retrieval magic", "unknown retrieval"),
         ("--cl_algorithm ewc --task_order airline", "a domain that has ended"),
         ("--replay_ratio 1.0", "replay_ratio"),
         ("--replay_ratio -0.1", "replay_ratio"),
