@@ -438,12 +438,13 @@ def text_matrix(summary) -> str:
     """The transfer matrix as text: a row per training stage, a column per domain."""
     order = summary["task_order"]
     width = max(len(name) for name in order) + 2
-    lines = [" " * 18 + "".join(f"{name:>{width}s}" for name in order)]
+    left = max(len(f"after {stage}") for stage in [*summary["stages"], "training"]) + 3
+    lines = [" " * left + "".join(f"{name:>{width}s}" for name in order)]
     rows = [("before training", [summary["baseline"][d] for d in order])]
     rows += [(f"after {stage}", row) for stage, row in zip(summary["stages"], summary["R"], strict=True)]
     rows += [("doing nothing", [summary["do_nothing_rate"][d] for d in order])]
     for name, values in rows:
-        lines.append(f"{name:18s}" + "".join(f"{value:{width}.2f}" for value in values))
+        lines.append(f"{name:{left}s}" + "".join(f"{value:{width}.2f}" for value in values))
     return "\n".join(lines)
 
 

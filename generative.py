@@ -1045,11 +1045,13 @@ class Args:
     """of soft targets"""
     buffer_size: int = 100
     """images that experience_replay and er_plus keep"""
-    ewc_lambda: float = 100.0
-    """weight of the penalty of ewc, online_ewc and er_plus"""
+    ewc_lambda: float = 1e4
+    """weight of the penalty of ewc and online_ewc"""
+    er_plus_lambda: float = 1.0
+    """er_plus: weight of EWC's penalty beside replay"""
     ewc_decay: float = 0.95
     """online_ewc: of the running Fisher information"""
-    lwf_coef: float = 0.1
+    lwf_coef: float = 0.01
     """er_plus: weight of the distillation of the old solver's answers to current images"""
 
 
@@ -1112,9 +1114,7 @@ def run_arm(args: Args, scenario, arm, seed) -> dict:
     )
     optimizer = torch.optim.Adam(solver.parameters(), args.learning_rate)
     rehearsal, teacher, buffer = None, None, Buffer(args.buffer_size)
-    penalty = regularize.EWC(args.ewc_lambda) if arm in ("ewc", "er_plus") else None
-    if arm == "online_ewc":
-        penalty = regularize.OnlineEWC(args.ewc_lambda, args.ewc_decay)
+    penalty = regularize.of_arm(arm, args)
     if arm in REHEARSALS:
         kind, generator_type, targets, conditional = REHEARSALS[arm]
         sizes = {"latent_dim": args.latent_dim}
@@ -1303,7 +1303,7 @@ def check_args(args: Args):
             raise ValueError(f"{name} must name each of them once, got {getattr(args, name)}")
     if min(args.seeds) < 0 or (args.workers is not None and args.workers < 1):
         raise ValueError(f"seeds must be 0 or more and workers at least 1, got {args.seeds} and {args.workers}")
-    regularize.check_coefficients(args.ewc_lambda, args.ewc_decay, args.lwf_coef)
+    regularize.check_coefficients(args.ewc_lambda, args.ewc_decay, args.lwf_coef, args.er_plus_lambda)
     load_images(args)
 
 

@@ -31,9 +31,9 @@ EWC_DECAY = 0.95
 LWF_COEF = 1.0
 
 
-def check_coefficients(ewc_lambda=None, ewc_decay=None, lwf_coef=None):
+def check_coefficients(ewc_lambda=None, ewc_decay=None, lwf_coef=None, er_plus_lambda=None):
     """Raises ValueError for what is no such coefficient; None stands for none."""
-    for name, value in (("ewc_lambda", ewc_lambda), ("lwf_coef", lwf_coef)):
+    for name, value in (("ewc_lambda", ewc_lambda), ("lwf_coef", lwf_coef), ("er_plus_lambda", er_plus_lambda)):
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{name} must be 0 or more, got {value}")
     if ewc_decay is not None and not 0 <= ewc_decay <= 1:
@@ -207,6 +207,14 @@ class OnlineEWC(EWC):
             mine.copy_(other)
         for mine, other in zip(self.held[0][1], fisher, strict=True):
             mine.mul_(self.ewc_decay).add_(other)
+
+
+def of_arm(arm, args) -> EWC | None:
+    """The penalty of an arm of the supervised experiments."""
+    if arm == "online_ewc":
+        return OnlineEWC(args.ewc_lambda, args.ewc_decay)
+    weights = {"ewc": args.ewc_lambda, "er_plus": args.er_plus_lambda}
+    return EWC(weights[arm]) if arm in weights else None
 
 
 class LwF(CLAlgorithm):

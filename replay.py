@@ -795,7 +795,9 @@ class Args:
     distill_coef: float = 1.0
     """lars_distill: weight of the NMSE to the predictions of the model as it was before the current scenario"""
     ewc_lambda: float = 1.0
-    """weight of the penalty of ewc, online_ewc and er_plus"""
+    """weight of the penalty of ewc and online_ewc"""
+    er_plus_lambda: float = 1.0
+    """er_plus: weight of EWC's penalty beside replay"""
     ewc_decay: float = 0.95
     """online_ewc: of the running Fisher information"""
     fisher_samples: int = 256
@@ -944,9 +946,7 @@ def run_arm(args: Args, arm, seed) -> dict:
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate)
     stages = [arm.removeprefix("only ")] if arm.startswith("only ") else list(SCENARIOS)
     policy, teacher, seen = BUFFERS.get(arm), None, 0
-    penalty = regularize.EWC(args.ewc_lambda) if arm in ("ewc", "er_plus") else None
-    if arm == "online_ewc":
-        penalty = regularize.OnlineEWC(args.ewc_lambda, args.ewc_decay)
+    penalty = regularize.of_arm(arm, args)
     buffer = Buffer(args.capacity)
     share = 2 if arm == "joint" else 1  # as many windows in a step as the arms with a buffer have
     size = share * len(windows[stages[0]][0])  # of an epoch
@@ -1244,7 +1244,7 @@ def check_args(args: Args):
         raise ValueError(f"final_rate must be in (0, 1], got {args.final_rate}")
     if args.users < 5:
         raise ValueError(f"users must be 5 or more, for one to test on, got {args.users}")
-    check_coefficients(args.ewc_lambda, args.ewc_decay, args.lwf_coef)
+    check_coefficients(args.ewc_lambda, args.ewc_decay, args.lwf_coef, args.er_plus_lambda)
     if not 0 <= args.distill_coef < math.inf or not math.isfinite(args.eval_snr):
         raise ValueError(f"distill_coef must be 0 or more, eval_snr finite; got {args.distill_coef}, {args.eval_snr}")
     if args.model not in ("lstm", "gru", "transformer"):

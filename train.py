@@ -1365,7 +1365,7 @@ def summarize(trainer: Trainer) -> dict:
     args, state = trainer.args, trainer.state
     order = args.task_order
     baseline = [state["baseline"][d] for d in order]
-    solo = " (telecom: solo mode)" if args.user == "scripted" else ""
+    solo = " (telecom: solo mode)" if args.user == "scripted" and "telecom" in order else ""
     note = f"{args.user} user{solo}, {args.eval_split} split, {oracle.data_version()['tau2']}"
     if args.model_name_or_path == "tiny":
         note += "; the embedded policy memorises a few training tasks, this is no benchmark score"

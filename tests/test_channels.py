@@ -230,8 +230,8 @@ def test_the_teacher_is_a_frozen_copy_of_the_scenarios_end(made, monkeypatch):
 def test_penalties_are_added_to_the_loss(arm, plain, made):
     """With weight 0 they change nothing at all; with one the scenarios behind the first."""
     plain = replay.run_arm(small(made), plain, 0)
-    without = replay.run_arm(small(made, ewc_lambda=0.0, lwf_coef=0.0), arm, 0)
-    held = replay.run_arm(small(made, ewc_lambda=50.0, lwf_coef=5.0), arm, 0)
+    without = replay.run_arm(small(made, ewc_lambda=0.0, er_plus_lambda=0.0, lwf_coef=0.0), arm, 0)
+    held = replay.run_arm(small(made, ewc_lambda=50.0, er_plus_lambda=50.0, lwf_coef=5.0), arm, 0)
     assert without["curve"] == pytest.approx(np.array(plain["curve"]))
     assert held["curve"][2] == pytest.approx(plain["curve"][2]) and held["curve"][3] != pytest.approx(plain["curve"][3])
     size = sum(4 * p.numel() for p in replay.ChannelPredictor("lstm", 8, 1, 3).parameters())

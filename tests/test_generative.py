@@ -791,8 +791,10 @@ def test_the_order_of_the_arms():
 def test_penalties_are_added_to_the_loss(scenario, arm, plain):
     """With weight 0 they change nothing at all; with one the tasks behind the first."""
     plain = generative.run_arm(Args(iterations=20), scenario, plain, 0)
-    without = generative.run_arm(Args(iterations=20, ewc_lambda=0.0, lwf_coef=0.0), scenario, arm, 0)
-    held = generative.run_arm(Args(iterations=20, ewc_lambda=1e3, lwf_coef=1.0), scenario, arm, 0)
+    without = generative.run_arm(
+        Args(iterations=20, ewc_lambda=0.0, er_plus_lambda=0.0, lwf_coef=0.0), scenario, arm, 0
+    )
+    held = generative.run_arm(Args(iterations=20, ewc_lambda=1e3, er_plus_lambda=1e3, lwf_coef=1.0), scenario, arm, 0)
     assert without["R"] == plain["R"]
     assert held["R"][0] == plain["R"][0] and held["R"][1:] != plain["R"][1:]
     size = (held["bytes_kept"] - plain["bytes_kept"]) / {"ewc": 10, "online_ewc": 2, "er_plus": 11}[arm]
