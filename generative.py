@@ -1260,9 +1260,9 @@ def plot_results(args: Args, found, output):
         picture.supylabel("after task", fontsize=8)
         picture.savefig(output / "samples.png")
         plt.close(picture)
-    columns = math.ceil(len(args.arms) / 2)
+    columns = math.ceil(len(args.arms) / 3)
     picture, panels = plt.subplots(
-        2, columns, figsize=(1.5 * columns, 3.2), sharex=True, sharey=True, layout="constrained", squeeze=False
+        3, columns, figsize=(1.5 * columns, 4.6), sharex=True, sharey=True, layout="constrained", squeeze=False
     )
     for axes in panels.flat[len(args.arms) :]:
         axes.axis("off")
@@ -1278,7 +1278,8 @@ def plot_results(args: Args, found, output):
                 markersize=4,
                 label=f"task {task + 1}",
             )
-        axes.set(title=arm, ylim=(-0.03, 1.03), xticks=range(1, TASKS + 1))
+        axes.set(ylim=(-0.03, 1.03), xticks=range(1, TASKS + 1))
+        axes.set_title(arm, fontsize=8)
         axes.grid(alpha=0.3)
     picture.supxlabel("tasks learnt", fontsize=8)
     picture.supylabel("accuracy", fontsize=8)

@@ -2,7 +2,7 @@
 
     python regularize.py                                              three small tasks whose solutions are known
     python train.py --cl_algorithm ewc                                EWC alone (online_ewc, lwf)
-    python train.py --cl_algorithm replay --ewc_lambda 10 --lwf_coef 0.1      beside replay: "ER+"
+    python train.py --cl_algorithm replay --ewc_lambda 0.1 --lwf_coef 0.01    beside replay: "ER+"
 
 Each method is a `CLAlgorithm` that adds a loss to every optimiser step, of the warm start too. Several of them, and
 replay, compose by adding these losses (`Composed.extra_loss`).
@@ -28,7 +28,7 @@ from replay import CLAlgorithm
 
 EWC_LAMBDA = 1.0
 EWC_DECAY = 0.95
-LWF_COEF = 1.0
+LWF_COEF = 0.01
 
 
 def check_coefficients(ewc_lambda=None, ewc_decay=None, lwf_coef=None, er_plus_lambda=None):
