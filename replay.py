@@ -794,7 +794,7 @@ class Args:
     """gradients are clipped to this norm"""
     distill_coef: float = 1.0
     """lars_distill: weight of the NMSE to the predictions of the model as it was before the current scenario"""
-    ewc_lambda: float = 1.0
+    ewc_lambda: float = 100.0
     """weight of the penalty of ewc and online_ewc"""
     er_plus_lambda: float = 1.0
     """er_plus: weight of EWC's penalty beside replay"""
