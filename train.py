@@ -5,8 +5,9 @@
     python train.py --resume runs/NAME                                     continues a run that was stopped
 
 For each domain: a warm start on gold demonstrations, GRPO steps, an evaluation on all domains, a checkpoint. One
-step: sample tasks -> the algorithm adds replayed ones -> rollouts -> tau2's rewards -> advantages -> loss -> one
-all-reduce of the raw gradients -> clip -> AdamW -> hooks -> log. With --shard, FSDP2 takes the all-reduce's place.
+step: sample tasks -> the algorithm adds replayed ones -> rollouts -> tau2's rewards -> advantages -> loss, and the
+algorithm's own ones added to it -> one all-reduce of the raw gradients -> clip -> AdamW -> hooks -> log. With --shard,
+FSDP2 takes the all-reduce's place.
 
 Every random draw is a function of the seed and the position in the run, so that a resumed run repeats none and skips
 none. A step's loss is normalised by counts over all ranks: how trajectories are split does not change the gradient.
@@ -568,7 +569,7 @@ def update(trainer: Trainer, kept, replayed=()) -> dict:
         for batch in old_batches:
             step_loss(trainer, batch, counts, old, losses=losses).backward()
         extra_start = time.perf_counter()
-        extra = backward_extra_loss(trainer)
+        extra = backward_extra_loss(trainer)  # EWC, LwF, generative replay: added to GRPO's loss by its gradient
         extra_seconds += time.perf_counter() - extra_start
         ranks = grpo.all_gather_json([dataclasses.asdict(new), dataclasses.asdict(old), losses[:-1]])
         new, old = Logged.over_ranks(r[0] for r in ranks), Logged.over_ranks(r[1] for r in ranks)
