@@ -214,7 +214,7 @@ class Args:
     fisher_samples: int = 64
     """EWC: conversations, a domain's last ones, that its Fisher information is taken from"""
     lwf_coef: float | None = None
-    """add LwF's KL to the previous domain's policy with this weight to any algorithm; default: none, and 0.01 with lwf"""
+    """add LwF's KL to the previous domain's policy with this weight to any algorithm; default: none, 0.01 with lwf"""
 
     eval_split: str = "test"
     """tau2's split to evaluate on; "train": the training tasks themselves"""
