@@ -479,21 +479,29 @@ def plot_transfer_matrix(summary, path):
 
 
 def plot_learning_curves(records, summary, path):
-    """Reward and pass rate of a run, see `draw_curves`."""
+    """Reward and pass rate of a run, see `draw_curves`; in one panel where they are the same (every reward 0 or 1)."""
     plt = _pyplot()
-    figure, panels = plt.subplots(2, figsize=(6.4, 4.6), sharex=True, layout="constrained")
-    for axes, value in zip(panels, ("reward", "pass rate"), strict=True):
+    pairs = [(r["reward_by_domain"], r.get("pass_rate_by_domain")) for r in records if r["kind"] == "step"]
+    for r in records:
+        if r["kind"] == "evaluation":
+            pairs += [(found["reward_mean"], found["pass_rate"]) for found in r["details"].values()]
+    labels = {"reward": "mean reward", "pass rate": "pass rate"}
+    if all(reward == passed for reward, passed in pairs):
+        labels = {"reward": "mean reward = pass rate"}
+    size = (6.4, 3.0 if len(labels) == 1 else 4.6)
+    figure, panels = plt.subplots(len(labels), figsize=size, sharex=True, squeeze=False, layout="constrained")
+    for axes, (value, label) in zip(panels[:, 0], labels.items(), strict=True):
         draw_curves(axes, [(records, summary)], value)
-        axes.set(ylabel=f"mean {value}" if value == "reward" else value)
+        axes.set(ylabel=label)
     previous = 0
     for stage, r in zip(summary["stages"], _at_ends(records), strict=True):
-        panels[0].text((previous + r["global_step"]) / 2, 1.06, f"training {stage}", ha="center", fontsize=8)
+        panels[0, 0].text((previous + r["global_step"]) / 2, 1.06, f"training {stage}", ha="center", fontsize=8)
         previous = r["global_step"]
-    panels[-1].set_xlabel("optimiser step")
+    panels[-1, 0].set_xlabel("optimiser step")
     title = "lines: rollouts\nfilled: evaluation\nhollow: warm start"
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, names = panels[0, 0].get_legend_handles_labels()
     legend = {"loc": "outside right center", "frameon": False, "fontsize": 7, "title_fontsize": 7}
-    figure.legend(handles, labels, title=title, **legend)
+    figure.legend(handles, names, title=title, **legend)
     figure.savefig(path, dpi=200)
     plt.close(figure)
 

@@ -456,3 +456,61 @@ def test_the_report_says_what_was_forgotten_and_when():
     ]
     alone = {"task_order": ["airline"], "stages": ["airline"], "R": [[1.0]]}
     assert evaluation.text_forgetting(alone) == ["- there was one domain only"]
+
+
+# ------------------------------------------------------------------------------------------- learning curves
+
+
+def curve_records(rewards, partial=False):
+    """metrics.jsonl of a run on two domains, of two steps each; `rewards` are those of the four steps."""
+
+    def evaluated(step, stage, scores):
+        details = {
+            d: {"reward_mean": score, "pass_rate": score / 2 if partial else score} for d, score in scores.items()
+        }
+        return {"kind": "evaluation", "stage": stage, "global_step": step, "scores": scores, "details": details}
+
+    records = [evaluated(0, "baseline", {"airline": 0.0, "retail": 0.0})]
+    for step, reward in enumerate(rewards, 1):
+        domain = "airline" if step < 3 else "retail"
+        played = {domain: reward} if step != 4 else {domain: reward, "airline": 0.5}  # replayed
+        halves = {d: r / 2 if partial else r for d, r in played.items()}
+        records.append({"kind": "step", "global_step": step, "reward_by_domain": played, "pass_rate_by_domain": halves})
+        if step % 2 == 0:
+            records.append(evaluated(step, "domain", {"airline": rewards[1], "retail": reward}))
+    return records
+
+
+CURVES = {"task_order": ["airline", "retail"], "stages": ["airline", "retail"]}
+
+
+def test_a_rollout_curve_is_a_mean_of_three_steps():
+    records = curve_records([0.0, 1.0, 0.5, 0.25], partial=True)
+    assert evaluation.rollout_curve(records, "airline", "reward") == {1: 0.0, 2: 0.5, 4: 0.5}
+    assert evaluation.rollout_curve(records, "retail", "pass rate") == {3: 0.25, 4: 0.1875}
+
+
+def test_curves_over_seeds_are_means_with_intervals():
+    runs = [(curve_records(rewards), CURVES) for rewards in ([0.0, 1.0, 0.5, 0.3], [0.4, 0.6, 0.1, 0.5])]
+    runs[1][0][:] = [r for r in runs[1][0] if r["global_step"] != 3]  # one seed did not play retail there
+    plt = evaluation._pyplot()
+    _, axes = plt.subplots()
+    evaluation.draw_curves(axes, runs, "reward")
+    lines = [line for line in axes.lines if line.get_linestyle() in ("-", "--") and len(line.get_xdata())]
+    shown = {tuple(np.asarray(line.get_xdata()).tolist()): np.asarray(line.get_ydata()).tolist() for line in lines}
+    assert shown[1, 2] == pytest.approx([0.2, 0.5])  # means over seeds of means over steps
+    assert (3,) not in shown  # of one seed there is no interval
+    band = next(c for c in axes.collections if len(c.get_paths()) and len(c.get_paths()[0].vertices) > 3)
+    half = 12.706 * np.std([0.0, 0.4], ddof=1) / np.sqrt(2)
+    assert band.get_paths()[0].vertices[:, 1].min() == pytest.approx(0.2 - half, rel=1e-3)
+    plt.close("all")
+
+
+@pytest.mark.parametrize("partial, panels", [(False, 1), (True, 2)])
+def test_the_pass_rate_has_a_panel_where_it_is_another(partial, panels, tmp_path, monkeypatch):
+    plt, made = evaluation._pyplot(), []
+    real = plt.subplots
+    monkeypatch.setattr(plt, "subplots", lambda *args, **kwargs: made.append(real(*args, **kwargs)) or made[-1])
+    path = tmp_path / "learning_curves.png"
+    evaluation.plot_learning_curves(curve_records([0.0, 1.0, 0.5, 0.25], partial), CURVES, path)
+    assert made[0][1].size == panels and path.stat().st_size > 10_000
