@@ -751,8 +751,10 @@ def group_runs(runs) -> tuple[list[Group], str]:
             raise ValueError(f"{run} has the settings and the seed {seed} of another run: each counts once")
         group.summaries[seed], group.folders[seed] = summary, Path(run)
     configs = [next(iter(group.summaries.values()))["config"] for group in found.values()]
+    optional = {key for config in configs for key, value in config.items() if value is None}
     settings = {}  # the values of each, in the groups that have it: runs of an earlier version have fewer
     for config in configs:
+        config.update({key: None for key in sorted(optional - set(config))})
         for key, value in config.items():
             if key not in OF_A_RUN:
                 settings.setdefault(key, []).append(json.dumps(value))
