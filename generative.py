@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 import grpo
 import regularize
-from replay import Buffer, CLAlgorithm, add, over_seeds, run_command, run_jobs, sample, write_csv
+from replay import Buffer, CLAlgorithm, add, check_coefficients, over_seeds, run_command, run_jobs, sample, write_csv
 
 GENERATORS = ("vae", "conv", "gan")
 TARGETS = ("hard", "soft")
@@ -1304,7 +1304,7 @@ def check_args(args: Args):
             raise ValueError(f"{name} must name each of them once, got {getattr(args, name)}")
     if min(args.seeds) < 0 or (args.workers is not None and args.workers < 1):
         raise ValueError(f"seeds must be 0 or more and workers at least 1, got {args.seeds} and {args.workers}")
-    regularize.check_coefficients(args.ewc_lambda, args.ewc_decay, args.lwf_coef, args.er_plus_lambda)
+    check_coefficients(args.ewc_lambda, args.ewc_decay, args.lwf_coef, args.er_plus_lambda)
     load_images(args)
 
 

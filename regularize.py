@@ -16,28 +16,17 @@ What differs from the papers, and where:
   head: the policy of the last boundary labels the tokens of this step's conversations, softened by nothing.
 """
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 import grpo
-from replay import CLAlgorithm
+from replay import CLAlgorithm, check_coefficients
 
 EWC_LAMBDA = 1.0
 EWC_DECAY = 0.95
 LWF_COEF = 0.01
-
-
-def check_coefficients(ewc_lambda=None, ewc_decay=None, lwf_coef=None, er_plus_lambda=None):
-    """Raises ValueError for what is no such coefficient; None stands for none."""
-    for name, value in (("ewc_lambda", ewc_lambda), ("lwf_coef", lwf_coef), ("er_plus_lambda", er_plus_lambda)):
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be 0 or more, got {value}")
-    if ewc_decay is not None and not 0 <= ewc_decay <= 1:
-        raise ValueError(f"ewc_decay must be in [0, 1], got {ewc_decay}")
 
 
 def fisher_diagonal(model, batches, loss_fn) -> list[Tensor]:
@@ -374,7 +363,7 @@ def demonstrate():
     generator = torch.Generator().manual_seed(0)
     data = []
     for inputs in seen:
-        rows = torch.eye(4)[torch.tensor(inputs).bool()].repeat_interleave(500, 0)
+        rows = torch.eye(4)[torch.tensor(inputs).bool()].repeat_interleave(200, 0)
         x = rows * torch.randn(len(rows), 1, generator=generator)
         y = x @ torch.randn(4, 1, generator=generator) + torch.randn(len(x), 1, generator=generator)
         data.append((x.double(), y.double()))
@@ -408,7 +397,7 @@ def demonstrate():
             if penalty is not None:
                 with torch.no_grad():  # answers of the model itself: the proper Fisher information
                     answers = model(x) + torch.randn(len(x), 1, generator=generator)
-                penalty.consolidate(model, [(x, answers)], loss_fn)
+                penalty.consolidate(model, zip(x.split(1), answers.split(1), strict=True), loss_fn)
         with torch.no_grad():
             losses = "  ".join(f"{loss_fn(model, task).mean():.3f}" for task in data)
             weights = " ".join(f"{w:7.3f}" for w in model.weight[0].tolist())

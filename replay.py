@@ -653,6 +653,15 @@ class AdaptiveReplayCL(ReplayCL):
 ALGORITHMS = {"sequential": SequentialCL, "joint": JointCL, "replay": ReplayCL, "adaptive_replay": AdaptiveReplayCL}
 
 
+def check_coefficients(ewc_lambda=None, ewc_decay=None, lwf_coef=None, er_plus_lambda=None):
+    """Raises ValueError for what is no such coefficient; None stands for none."""
+    for name, value in (("ewc_lambda", ewc_lambda), ("lwf_coef", lwf_coef), ("er_plus_lambda", er_plus_lambda)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be 0 or more, got {value}")
+    if ewc_decay is not None and not 0 <= ewc_decay <= 1:
+        raise ValueError(f"ewc_decay must be in [0, 1], got {ewc_decay}")
+
+
 def load_algorithm(name, args=None, others=None) -> CLAlgorithm:
     """The algorithm called `name` in ALGORITHMS or `others`, or the class of "path/to/file.py:MyAlgorithm", built from
     train.py's flags. Raises ValueError when there is no such algorithm, file or class."""
@@ -936,8 +945,6 @@ def run_arm(args: Args, arm, seed) -> dict:
     """Trains one model over its scenarios. Returns the NMSE in dB on every scenario's test users, at `eval_snr` after
     each epoch ("curve", from before the first) and at the end over SNRS, and the seconds it took."""
     start = time.perf_counter()
-    import regularize  # which imports this file
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     windows = channel_windows(args, seed)
     torch.manual_seed(seed)
@@ -946,7 +953,11 @@ def run_arm(args: Args, arm, seed) -> dict:
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate)
     stages = [arm.removeprefix("only ")] if arm.startswith("only ") else list(SCENARIOS)
     policy, teacher, seen = BUFFERS.get(arm), None, 0
-    penalty = regularize.of_arm(arm, args)
+    penalty = None
+    if arm in ("ewc", "online_ewc", "er_plus"):
+        from regularize import of_arm  # which imports this file, and more
+
+        penalty = of_arm(arm, args)
     buffer = Buffer(args.capacity)
     share = 2 if arm == "joint" else 1  # as many windows in a step as the arms with a buffer have
     size = share * len(windows[stages[0]][0])  # of an epoch
@@ -1234,8 +1245,6 @@ def plot_results(args: Args, found, output):
 
 def check_args(args: Args):
     """Raises ValueError for settings that cannot work."""
-    from regularize import check_coefficients
-
     positive = "hidden layers past epochs batch_size capacity learning_rate final_rate max_grad_norm fisher_samples"
     for name in positive.split():
         if not 0 < getattr(args, name) < math.inf:

@@ -1109,7 +1109,7 @@ def check(args: Args):
     for name, (wanted, holds) in bounds.items():
         if not holds(getattr(args, name)):
             raise ValueError(f"{name} must be {wanted}, got {getattr(args, name)}")
-    regularize.check_coefficients(args.ewc_lambda, args.ewc_decay, args.lwf_coef)
+    replay.check_coefficients(args.ewc_lambda, args.ewc_decay, args.lwf_coef)
     packages = {"wandb_project": ("wandb", args.wandb_project), "tensorboard": ("tensorboard", args.tensorboard)}
     for flag, (package, wanted) in packages.items():
         if wanted and importlib.util.find_spec(package) is None:

@@ -786,8 +786,10 @@ def test_the_order_of_the_arms():
     assert 0.9 < scores["conditional_soft"] < scores["mixture"] < scores["joint"] and scores["joint"] > 0.93
 
 
-@pytest.mark.parametrize("arm, plain", [("ewc", "naive"), ("online_ewc", "naive"), ("er_plus", "experience_replay")])
-@pytest.mark.parametrize("scenario", generative.SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario, arm, plain",
+    [("domain", "ewc", "naive"), ("task", "online_ewc", "naive"), ("class", "er_plus", "experience_replay")],
+)
 def test_penalties_are_added_to_the_loss(scenario, arm, plain):
     """With weight 0 they change nothing at all; with one the tasks behind the first."""
     plain = generative.run_arm(Args(iterations=20), scenario, plain, 0)

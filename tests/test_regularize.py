@@ -440,20 +440,19 @@ class Stopper(Composed):
 """
 
 
-@pytest.mark.parametrize("step", [0, 2])
-def test_a_stopped_run_continues_as_if_it_had_not_been(step, tmp_path, monkeypatch, capsys):
-    """Stopped within the first domain (conversations for the Fisher information at hand) and within the second."""
+def test_a_stopped_run_continues_as_if_it_had_not_been(tmp_path, monkeypatch, capsys):
+    """Stopped within the second domain, with what holds the first one and with conversations of its own."""
     (tmp_path / "stopper.py").write_text(STOPPER)
     flags = ["--cl_algorithm", f"{tmp_path / 'stopper.py'}:Stopper"]
     train.train(small_args(tmp_path, *flags, "--run_name", "whole"))
-    monkeypatch.setenv("STOP_AT", str(step))
+    monkeypatch.setenv("STOP_AT", "2")
     with pytest.raises(train.Interrupted):
         train.train(small_args(tmp_path, *flags, "--run_name", "stopped"))
     last = tmp_path / "stopped" / "checkpoints" / "LAST"
     held = [last / f"algorithm_{name}.safetensors" for name in ("1_anchor_0", "1_fisher_0", "2_frozen")]
-    assert [path.exists() for path in held] == [step == 2] * 3
+    assert json.loads((last / "state.json").read_text())["algorithm"]["parts"][1]["recent"]
     with monkeypatch.context() as patch:
-        for path in held if step else []:
+        for path in held:
             saved = path.read_bytes()
             path.unlink()
             assert "damaged" in fail(patch, capsys, "--resume", str(tmp_path / "stopped"))
@@ -503,7 +502,7 @@ def test_a_strong_penalty_holds_the_policy(tmp_path):
     moved = []
     for ewc_lambda in (1e-6, 1e3):
         run = tmp_path / f"{ewc_lambda}"
-        flags = ["--cl_algorithm", "ewc", "--ewc_lambda", str(ewc_lambda), "--warmup_steps", "20"]
+        flags = ["--cl_algorithm", "ewc", "--ewc_lambda", str(ewc_lambda), "--warmup_steps", "8"]
         train.train(small_args(tmp_path, *flags, "--run_name", run.name))
         last = run / "checkpoints" / "LAST"
         names = ("anchor_0", "fisher_0", "anchor_1")
