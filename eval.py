@@ -507,10 +507,10 @@ def plot_learning_curves(records, summary, path):
 
 
 def draw_curves(axes, runs, value):
-    """ "reward" or "pass rate" of every domain over all training steps of runs (records of metrics.jsonl, summary) that
-    differ in seed: of the rollouts as lines (mean of three steps; replayed ones, too), of the evaluations as points on
-    top, hollow after the warm start, filled before training and at the domains' ends. Several runs: their mean, with
-    the 95% interval over those that have a value there as a band, or bar. Dotted: where a domain ends."""
+    """Draws "reward" or "pass rate" of every domain over all training steps of runs (records of metrics.jsonl, summary)
+    that differ in seed: of the rollouts as lines (mean of three steps; replayed ones, too), of the evaluations as
+    points on top, hollow after the warm start, filled before training and at the domains' ends. Several runs: their
+    mean, with the 95% interval over those that have a value there as a band, or bar. Dotted: where a domain ends."""
     for k, domain in enumerate(runs[0][1]["task_order"]):
         style = {"color": COLOURS[k % 6], "linestyle": DASHES[k % 6]}
         curves = [rollout_curve(records, domain, value) for records, _ in runs]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import SMALL, comparable, fail, run_main, small_args
+from test_train import SMALL, STOPS, comparable, fail, run_main, small_args
 from torch.nn import functional as F
 
 import generative
@@ -416,7 +416,8 @@ def test_flags_choose_what_is_composed(flags, expected, tmp_path):
 # ---------------------------------------------------------------------------------------------- whole runs
 
 
-STOPPER = """
+STOPPER = (
+    """
 import os
 from regularize import Composed, LwF, OnlineEWC
 from replay import ReplayCL
@@ -426,18 +427,9 @@ class Stopper(Composed):
     def from_args(cls, args):
         replay = ReplayCL(replay_ratio=0.5, min_buffer_size=1)
         return cls(replay, OnlineEWC(0.4, 0.9, fisher_samples=5), LwF(0.1))
-
-    def extra_loss(self, trainer):  # so that every step has a gradient, whatever the rewards
-        yield from super().extra_loss(trainer) or ()
-        yield sum(p.square().sum() for p in trainer.model.parameters())
-
-    def post_step_hook(self, trainer, domain):
-        super().post_step_hook(trainer, domain)
-        step = os.environ.get("STOP_AT")
-        if step and trainer.step == int(step) and not (trainer.run / "stopped").exists():
-            (trainer.run / "stopped").write_text("")
-            os.kill(os.getpid(), 15)
 """
+    + STOPS
+)
 
 
 def test_a_stopped_run_continues_as_if_it_had_not_been(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -749,7 +750,10 @@ import os
 from generative import GenerativeReplayCL
 
 class Stopper(GenerativeReplayCL):
-    def extra_loss(self, trainer):  # so that every step has a gradient, whatever the rewards
+"""
+# Ends a class: a loss that gives every step a gradient, whatever the rewards, and SIGTERM once, at step STOP_AT.
+STOPS = """
+    def extra_loss(self, trainer):
         yield from super().extra_loss(trainer) or ()
         yield sum(p.square().sum() for p in trainer.model.parameters())
 
@@ -764,7 +768,7 @@ class Stopper(GenerativeReplayCL):
 
 @pytest.mark.parametrize("step", [0, 2])
 def test_generative_replay_survives_a_stop(step, tmp_path, monkeypatch, capsys):
-    (tmp_path / "stopper.py").write_text(GENERATIVE_STOPPER)
+    (tmp_path / "stopper.py").write_text(GENERATIVE_STOPPER + STOPS)
     flags = ["--cl_algorithm", f"{tmp_path / 'stopper.py'}:Stopper", "--window", "8", "--window_memory", "10"]
     train.train(small_args(tmp_path, *flags, "--run_name", "whole"))
     monkeypatch.setenv("STOP_AT", str(step))
@@ -1166,6 +1170,26 @@ def test_some_environment_errors_are_counted_and_left_out(tmp_path, monkeypatch)
     invalid = [t for t in trajectories if t["reward"] is None and t["kind"] == "rollout"]
     assert sum(step["invalid"] for step in steps) == len(invalid) > 0
     assert {t["error"] for t in invalid} == {"RuntimeError: hiccup"}
+
+
+def test_the_pass_rate_of_a_step_counts_whole_rewards_only(tmp_path, monkeypatch):
+    real, rewards = oracle.score, itertools.cycle([1.0, 0.4, 0.0])
+
+    def score(episode, *args, **kwargs):
+        return real(episode, *args, **kwargs).model_copy(update={"reward": next(rewards)})
+
+    monkeypatch.setattr(oracle, "score", score)
+    train.train(small_args(tmp_path, "--warmup_steps", "0", "--task_order", "airline", "--run_name", "r"))
+    steps = [r for r in evaluation.read_jsonl(tmp_path / "r" / "metrics.jsonl") if r["kind"] == "step"]
+    played = {}
+    for t in evaluation.read_jsonl(tmp_path / "r" / "trajectories.jsonl"):
+        if t["kind"] == "rollout":
+            played.setdefault(t["global_step"] + 1, []).append(t["reward"])
+    assert {reward for found in played.values() for reward in found} >= {1.0, 0.4}
+    for step in steps:
+        found = played[step["global_step"]]
+        assert step["reward_by_domain"] == {"airline": pytest.approx(sum(found) / len(found))}
+        assert step["pass_rate_by_domain"] == {"airline": found.count(1.0) / len(found)}
 
 
 # ------------------------------------------------------------------------------------------------ settings
