@@ -1,0 +1,159 @@
+"""The interface of continual-learning algorithms: the hooks that the training loop calls, and classes of one's own.
+
+A subclass of CLAlgorithm in a file of your own runs with `python train.py --cl_algorithm path/to/file.py:MyClass`.
+"""
+
+import importlib.util
+import inspect
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from distributed import checked
+from grpo import TaskRef, Trajectory
+
+LIBRARY = ("algorithm", "replay", "regularize", "generative")  # the modules of our own algorithms
+
+
+@dataclass
+class NoFlags:
+    """An algorithm without flags."""
+
+
+class CLAlgorithm:
+    """What a continual-learning method adds to GRPO. Every rank holds the same state and makes the same draws for the
+    whole batch of all ranks; the ranks then share the batch out.
+
+    all_domains: draw batches from every domain from the start, in as many stages as there are domains.
+    uses_trajectories: the hooks read trainer.trajectories.
+    keeps_no_data: checkpoints from before a domain's end are removed when it has ended.
+
+    The loop sets `trainer`. Hooks may read trainer.args (also .config), .model, .tokenizer, .domain, .step, .phase
+    ("warmup" or "grpo"), .tasks, .trajectory_buffer, .scores ({domain: mean reward} of the last evaluation), and of
+    this step: .refs_P and .rewards_P_G (tasks and rewards of all ranks; NaN: invalid), .trajectories (of all ranks,
+    without messages), .replayed and .replayed_losses (stored conversations and their losses), .batches (this rank's
+    micro-batches, see grpo.collate).
+    """
+
+    Flags = NoFlags  # a dataclass: the flags of train.py that the constructor takes beside its own parameters
+    trainer = None
+    all_domains = False
+    uses_trajectories = False
+    keeps_no_data = False
+
+    def __init__(self, seed=0, **flags):
+        self.flags = checked(self.Flags, flags)
+        self.seed = seed
+
+    @classmethod
+    def from_args(cls, args):
+        """An instance from train.py's flags: those that the constructor names, and if it takes **kwargs those that its
+        parents name. A flag that is None does not replace a default."""
+        wanted = {}
+        for parent in cls.__mro__:
+            parameters = inspect.signature(parent.__init__).parameters
+            wanted = {**parameters, **wanted}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                break
+            if parent is CLAlgorithm:
+                wanted.update(dict.fromkeys(f.name for f in fields(cls.Flags)))
+        given = {name: getattr(args, name) for name in wanted if hasattr(args, name)}
+        required = [name for name, p in wanted.items() if p is not None and p.default is p.empty]
+        return cls(**{name: value for name, value in given.items() if value is not None or name in required})
+
+    def make_buffer(self):
+        """The replay.TrajectoryBuffer that the loop offers finished conversations to. None: none is stored."""
+        return None
+
+    def keeps(self, trajectory: Trajectory) -> bool:
+        """Whether a finished conversation is offered to the buffer."""
+        return True
+
+    def augment_batch(self, new_tasks: list[TaskRef], current_domain: str) -> list[TaskRef]:
+        """The tasks to roll out: the new ones, and those replayed with them."""
+        return new_tasks
+
+    def augment_trajectories(self, new: int, current_domain: str) -> list[Trajectory]:
+        """Stored conversations to train on beside a step's `new` ones, demonstrations of the warm start included."""
+        return []
+
+    def extra_losses(self, trainer):
+        """Yields scalar tensors that are added to the loss of every optimiser step. Each is learnt from, and its graph
+        freed, before the next is asked for.
+
+        Every rank computes the same loss, or its part of a mean over ranks: the loop averages over ranks. A penalty on
+        weights takes them from policy.trained_parameters(trainer.model), which may be sharded.
+        """
+        return ()
+
+    def post_step_hook(self, trainer, domain):
+        """After each optimiser step of GRPO."""
+
+    def post_task_hook(self, trainer, domain):
+        """After a domain is finished and all domains are evaluated."""
+
+    def get_statistics(self) -> dict:
+        return {}
+
+    def bytes_kept(self) -> int:
+        """The size of what is remembered beside the trajectory buffer."""
+        return 0
+
+    def state_dict(self) -> dict:
+        """Everything that a resumed run needs, as JSON."""
+        return {}
+
+    def load_state_dict(self, state):
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def tensors(self) -> dict:
+        """Tensors that a resumed run needs, by name, whole on rank 0 (see policy.gathered). Every rank calls."""
+        return {}
+
+    def load_tensors(self, file):
+        """Takes back `tensors` from an open safetensors file (keys(), get_tensor(name)), after `load_state_dict`."""
+
+
+class SequentialCL(CLAlgorithm):
+    """One domain after another, and nothing against forgetting: the baseline."""
+
+
+class JointCL(CLAlgorithm):
+    """All domains at once, for as many steps as the sequence takes: what there is to reach without forgetting."""
+
+    all_domains = True
+
+
+def load_algorithm(name, algorithms, args) -> CLAlgorithm:
+    """algorithms[name], or the class of "path/to/file.py:MyAlgorithm", built from train.py's flags. Raises ValueError
+    if there is no such algorithm, file or class."""
+    if ":" not in name:
+        if name not in algorithms:
+            known = ", ".join(algorithms)
+            raise ValueError(f"unknown cl_algorithm {name!r}; choose one of {known}, or path/to/file.py:MyAlgorithm")
+        return algorithms[name].from_args(args)
+    path, _, class_name = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"cl_algorithm: there is no file {path!r}")
+    # A name of its own: the user's file may be a changed copy called replay.py.
+    spec = importlib.util.spec_from_file_location("rehearse_user_algorithm", path)
+    if spec is None:
+        raise ValueError(f"cl_algorithm: {path!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    algorithm = getattr(module, class_name, None)
+    if not (inspect.isclass(algorithm) and issubclass(algorithm, CLAlgorithm)):
+        raise ValueError(f"cl_algorithm: {path} has no subclass of replay.CLAlgorithm called {class_name!r}")
+    return algorithm.from_args(args)
+
+
+def own_attributes(algorithm, args) -> dict[str, str]:
+    """The attributes that a class of the user's own has beside those of our class, as text; none if it writes a
+    state_dict of its own. If one changes during a run, a resumed run would lose it."""
+    library = next(kind for kind in type(algorithm).__mro__ if kind.__module__ in LIBRARY)
+    if type(algorithm).state_dict is not library.state_dict:
+        return {}
+    known = {"trainer", *vars(library.from_args(args))} if type(algorithm) is not library else vars(algorithm)
+    return {name: repr(value) for name, value in vars(algorithm).items() if name not in known}

@@ -1,0 +1,225 @@
+"""A run's files: its settings, its logs, its checkpoints, and the stop signal.
+
+A checkpoint is a directory that transformers and vLLM load as a model. Everything else that a run needs to go on lies
+in its folder `training`, because vLLM reads every *.safetensors beside the model. Files are written aside and renamed:
+a kill at any moment leaves the last good state.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import policy
+from algorithm import own_attributes
+from distributed import StopRun, all_gather_json, rank, say, world_size, write_json
+
+KEEP = 2  # checkpoints of a run
+
+
+class Interrupted(Exception):
+    """A signal asked to stop; the run is saved."""
+
+
+class StopSignal:
+    """SIGINT and SIGTERM ask the run to save and stop: after the current step, or immediately during an evaluation (the
+    run is saved before each). A second SIGINT stops it at once."""
+
+    def __init__(self):
+        self.received = 0
+        for number in SIGNALS:
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        say("stopping: finishing what is running, then saving (press Ctrl-C again to stop at once)")
+
+    def on_any_rank(self) -> int:
+        return max(all_gather_json(self.received)) if world_size() > 1 else self.received
+
+    def leave_evaluation(self, record, episode):
+        if self.received:
+            raise Interrupted(self.received)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def signals_restored():
+    """Afterwards, signals are handled as before."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, the oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if path.is_dir())
+
+
+def remove_old(run, keep=KEEP):
+    for old in checkpoints(run)[:-keep] if rank() == 0 else ():
+        shutil.rmtree(old)
+
+
+def save(trainer):
+    """Writes a checkpoint. Every rank must call. Raises StopRun on every rank if it cannot be written."""
+    trainer.state["seconds"] = trainer.seconds
+    trainer.started = time.perf_counter()
+    weights, tensors = policy.gathered_weights(trainer.model), gather(trainer)
+    failure = None
+    if rank() == 0:
+        folder, earlier = trainer.run / "checkpoints", checkpoints(trainer.run)
+        try:
+            write(trainer, folder, earlier, weights, tensors)
+        except Exception as error:  # a full disk reaches us as OSError, SafetensorError or RuntimeError
+            shutil.rmtree(folder / "saving.tmp", ignore_errors=True)
+            kept = f"; {earlier[-1].name} is intact" if earlier else ""
+            failure = f"cannot write a checkpoint in {folder}: {error}{kept}"
+    failure = all_gather_json(failure)[0]
+    if failure:
+        raise StopRun(failure)
+
+
+def gather(trainer) -> dict[str, dict]:
+    """The tensors of each file, whole on rank 0: AdamW's moments, the reference policy, what the algorithms keep."""
+    moments = {
+        f"{name}/{key}": policy.gathered(value)
+        for name, p in policy.trained_parameters(trainer.model).items()
+        for key, value in trainer.optimizer.state.get(p, {}).items()
+    }
+    files = {"optimizer": moments}
+    if trainer.reference is not None:
+        files["reference"] = policy.gathered_snapshot(trainer.model, trainer.reference)
+    for k, algorithm in enumerate(trainer.algorithms):
+        files[f"algorithm_{k}"] = algorithm.tensors()
+    return files
+
+
+def write(trainer, folder, earlier, weights, tensors):
+    """Writes a checkpoint aside, renames it, and moves the link LAST to it."""
+    temporary = folder / "saving.tmp"
+    training = temporary / "training"
+    shutil.rmtree(temporary, ignore_errors=True)
+    training.mkdir(parents=True)
+    policy.save_policy(trainer.model, trainer.tokenizer, temporary, weights)
+    for name, found in tensors.items():
+        save_file(found, training / f"{name}.safetensors")
+    if trainer.trajectory_buffer is not None:
+        trainer.trajectory_buffer.save(training / "buffer.json")
+    saved = {
+        "state": trainer.state,
+        "scores": trainer.scores,
+        "algorithms": [algorithm.state_dict() for algorithm in trainer.algorithms],
+        "logs": {path.name: path.stat().st_size for path in trainer.run.glob("*.jsonl")},
+        "sizes": {str(path.relative_to(temporary)): path.stat().st_size for path in files_in(temporary)},
+    }
+    write_json(training / "state.json", saved)
+    final = folder / f"{int(earlier[-1].name.split('-')[0]) + 1 if earlier else 0:05d}-step{trainer.step}"
+    os.replace(temporary, final)
+    link = folder / "LAST.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    os.replace(link, folder / "LAST")
+    remove_old(trainer.run)
+    warn_of_unsaved_state(trainer)
+
+
+def files_in(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def warn_of_unsaved_state(trainer):
+    """Says once which attributes of a class of the user's own a resumed run would lose."""
+    for algorithm, before in zip(trainer.algorithms, trainer.own_attributes, strict=False):
+        now = own_attributes(algorithm, trainer.args)
+        lost = ", ".join(name for name, value in now.items() if before.get(name) != value)
+        if lost:
+            say(f"{type(algorithm).__name__} changes {lost}, which --resume would lose: write a state_dict for it")
+            trainer.own_attributes = []
+
+
+def read(folder: Path) -> dict:
+    """The saved state, once every file has been found whole. Raises ValueError, naming the damaged file."""
+    try:
+        saved = json.loads((folder / "training" / "state.json").read_text())
+        for name, size in saved["sizes"].items():
+            found = (folder / name).stat().st_size if (folder / name).exists() else None
+            if found != size:
+                raise ValueError(f"{name} has {found} bytes, expected {size}")
+        for name, size in saved["logs"].items():
+            log_file = folder.parent.parent / name
+            if not 0 <= size <= (log_file.stat().st_size if log_file.exists() else 0):
+                raise ValueError(f"{name} is shorter than the {size} bytes that were logged before it")
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        raise damaged(folder, error) from error
+    return saved
+
+
+def damaged(folder, error) -> ValueError:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return ValueError(
+        f"checkpoint {folder} is damaged ({reason}); remove that directory to continue from the one before"
+    )
+
+
+def load(trainer, folder: Path, saved: dict):
+    """Puts a trainer, whose model is loaded already, back to where the checkpoint was saved. Raises ValueError for a
+    damaged file, and if other parameters were trained."""
+    training = folder / "training"
+    parameters = policy.trained_parameters(trainer.model)
+    try:
+        trainer.state.update(saved["state"])
+        trainer.scores = saved["scores"]
+        if set(trainer.state) != set(saved["state"]):
+            raise ValueError(f"its state.json has no {', '.join(set(trainer.state) - set(saved['state']))}")
+        with safe_open(training / "optimizer.safetensors", "pt") as moments:
+            other = other_parameters(parameters, moments)
+            for path in moments.keys() if not other else ():
+                name, _, key = path.rpartition("/")
+                tensor = moments.get_tensor(path)
+                if key != "step":
+                    tensor = policy.placed_like(tensor, parameters[name])
+                trainer.optimizer.state[parameters[name]][key] = tensor
+        if not other:
+            if (training / "reference.safetensors").exists():
+                with safe_open(training / "reference.safetensors", "pt") as tensors:
+                    trainer.reference = policy.snapshot_from(trainer.model, tensors.get_tensor)
+            for k, (algorithm, state) in enumerate(zip(trainer.algorithms, saved["algorithms"], strict=True)):
+                algorithm.load_state_dict(state)
+                with safe_open(training / f"algorithm_{k}.safetensors", "pt") as tensors:
+                    algorithm.load_tensors(tensors)
+            if trainer.trajectory_buffer is not None:
+                trainer.trajectory_buffer.load(training / "buffer.json")
+    except Exception as error:  # right sizes, wrong content: whatever the reader of that format raises
+        raise damaged(folder, error) from error
+    if other:
+        raise ValueError(
+            f"cannot resume {trainer.run}: other parameters were trained in it, see {', '.join(other[:3])}"
+        )
+    if rank() == 0:  # what was logged after the checkpoint will be logged again
+        for path in trainer.run.glob("*.jsonl"):
+            os.truncate(path, saved["logs"].get(path.name, 0))
+
+
+def other_parameters(parameters, moments) -> list[str]:
+    """Those that are trained now or were when the moments were saved, but not both in the same shape."""
+    paths = [path for path in moments.keys() if path.endswith("/exp_avg")]  # noqa: SIM118 (it is no dict)
+    saved = {(path.rpartition("/")[0], tuple(moments.get_slice(path).get_shape())) for path in paths}
+    trained = {(name, tuple(p.shape)) for name, p in parameters.items()}
+    return sorted({name for name, _ in saved ^ trained}) if saved else []

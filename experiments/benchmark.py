@@ -1,0 +1,331 @@
+"""How fast: rollouts and updates against the plain ways; with a flag, environments and rewards, or the buffers.
+
+    python experiments/benchmark.py --prompt_tokens 4096     rollouts and updates (needs no tau2)
+    python experiments/benchmark.py --oracle                 environments and rewards, against tau2's own
+    python experiments/benchmark.py --buffers                offers per second
+
+Times on a shared machine are noisy: compare ratios within one run.
+"""
+
+import itertools
+import re
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import distributed  # sets what transformers reads when it is imported
+
+# isort: split
+import numpy as np
+import pydantic
+import torch
+import transformers
+from pydantic import Field, PositiveInt
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import rollout
+from chat import ChatFormat
+from experiments.runner import parse
+from grpo import policy_loss
+from policy import DTYPES, autocast, load_policy, token_logprobs
+from replay import Buffer, add, brs_slot, labrs_slot, lars_slot
+
+STATUS = Path("/proc/self/status")  # of Linux
+ACTION_SHARE = 0.25  # of the update's tokens
+PEAK_TFLOPS = 989  # of an H100 or H200 in bfloat16
+SHAPES = {  # of Qwen2.5: width, width of the MLP, layers, heads, key-value heads, vocabulary
+    "tiny": (128, 384, 4, 4, 2, 2048),
+    "0.5b": (896, 4864, 24, 14, 2, 151936),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936),
+    "7b": (3584, 18944, 28, 28, 4, 152064),
+}
+
+
+@pydantic.dataclasses.dataclass(config=distributed.CHECKED, kw_only=True)
+class Args:
+    """Times rollouts and updates against the plain ways, on random weights in the shape of a model."""
+
+    shape: Literal[*SHAPES] = "tiny"
+    """shape of the model: tiny, or one of Qwen2.5's"""
+    layers: PositiveInt | None = None
+    """keep this many layers. Default: all"""
+    dtype: Literal[*DTYPES] | None = None
+    """type to compute in. Default: bfloat16 on a GPU, float32 elsewhere"""
+    tasks: PositiveInt = 4
+    """tasks. All conversations share the prompt but for its last tokens, which differ by task"""
+    samples: PositiveInt = 4
+    """conversations per task"""
+    turns: PositiveInt = 4
+    """agent turns per conversation"""
+    prompt_tokens: PositiveInt = 1024
+    """tokens of the shared system prompt"""
+    new_tokens: PositiveInt = 32
+    """sampled tokens per turn"""
+    tool_tokens: PositiveInt = 64
+    """tokens of the answer to a turn"""
+    update_tokens: Annotated[int, Field(ge=2)] = 2048
+    """tokens of the one sequence that the update is timed on; a quarter of them were sampled"""
+    repeats: PositiveInt = 3
+    """runs of each way; they take turns, and the fastest counts"""
+    oracle: bool = False
+    """time environments and rewards instead, against tau2's own"""
+    buffers: bool = False
+    """time offers to replay buffers instead"""
+
+
+# ---------------------------------------------------------------------------------------------- rollouts and updates
+
+
+class TimedEpisode:
+    """A conversation of fixed length: a long shared prompt, a short task, and an answer to every turn but the last."""
+
+    domain, system, tools = "benchmark", "", []
+
+    def __init__(self, number, args, tokenizer):
+        self.task = SimpleNamespace(id=number)
+        self.words = np.random.default_rng([0, number])
+        self.args, self.tokenizer = args, tokenizer
+        self.prompt = self.text(args.prompt_tokens, np.random.default_rng(0))
+        self.messages, self.done, self.termination = [], False, ""
+
+    def text(self, tokens, rng):
+        ids = self.tokenizer(" ".join(map(str, rng.integers(0, 1000, tokens)))).input_ids
+        return self.tokenizer.decode(ids[:tokens])
+
+    def opening(self):
+        return [{"role": "user", "content": f"{self.prompt} {self.text(16, self.words)}"}]
+
+    def act(self, message):
+        self.messages.append(message)
+        self.done = len(self.messages) == self.args.turns
+        return [] if self.done else [{"role": "tool", "content": self.text(self.args.tool_tokens, self.words)}]
+
+
+def play_generate(model, tokenizer, active):
+    """The plain way: `model.generate` once per turn on all conversations, which reads them from the start each time."""
+    while active:
+        prompts = [{"input_ids": c.trajectory.token_ids} for c in active]
+        batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
+        width = batch.input_ids.shape[1]
+        said = model.generate(
+            **batch,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=active[0].max_new_tokens,
+            eos_token_id=sorted(active[0].chat.stop_ids),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for c, ids in zip(active, said[:, width:].tolist(), strict=True):
+            stop = next((i + 1 for i, token in enumerate(ids) if token in c.chat.stop_ids), len(ids))
+            c.say(ids[:stop], [0.0] * stop)
+        active = [c for c in active if not c.finished]
+
+
+def memory(device, peak=False) -> int:
+    """Bytes in use, or their peak since `reset_peak`; 0 if the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    status = STATUS.read_text() if STATUS.exists() else "VmHWM: 0 VmRSS: 0"
+    return 1024 * int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status).group(1))
+
+
+def reset_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif STATUS.exists():
+        STATUS.with_name("clear_refs").write_text("5")
+
+
+def timed(ways, repeats, device):
+    """{name: (seconds of the fastest run, peak bytes, result)}. The ways take turns, so that noise meets all alike."""
+    measured = {}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            reset_peak(device)
+            before, start = memory(device), time.perf_counter()
+            result = way()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            if name not in measured or seconds < measured[name][0]:
+                measured[name] = (seconds, memory(device, peak=True) - before, result)
+    return measured
+
+
+def time_rollouts(args, model, tokenizer):
+    """Prints a table of the ways to play the same conversations."""
+    computed = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, inputs, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    length = args.prompt_tokens + args.turns * (args.new_tokens + 2 * args.tool_tokens) + 256
+
+    def play(how):
+        computed.clear()
+        episodes = [TimedEpisode(n, args, tokenizer) for n in range(args.tasks) for _ in range(args.samples)]
+        generator = torch.Generator(model.device).manual_seed(0)
+        if how != "generate":
+            limits = {"max_new_tokens": args.new_tokens, "max_context": length}
+            played = rollout.rollout(model, tokenizer, episodes, **limits, generator=generator, engine=how)
+        else:
+            chat, cut = ChatFormat.of(tokenizer), {"tool": None, "user": None}
+            started = [rollout._Conversation(e, chat, args.new_tokens, length, cut, None) for e in episodes]
+            with torch.no_grad(), autocast(model):
+                play_generate(model, tokenizer, started)
+            played = [c.trajectory for c in started]
+        # A token counts once for all conversations that are equal up to it.
+        hashes = [itertools.accumulate(t.token_ids, lambda *pair: hash(pair), initial=0) for t in played]
+        distinct = len(set(itertools.chain(*hashes))) - 1
+        return sum(sum(t.action_mask) for t in played), sum(computed) / distinct
+
+    ways = {how: partial(play, how) for how in ("generate", "padded", "paged")}
+    measured = timed(ways, args.repeats, model.device)
+    print("\n| rollouts | seconds | sampled tokens/s | times `generate` | computed / distinct tokens | peak GB |")
+    print("|---|---|---|---|---|---|")
+    plain = measured["generate"][2][0] / measured["generate"][0]
+    for name, (seconds, peak, (tokens, share)) in measured.items():
+        speed = tokens / seconds
+        print(f"| {name} | {seconds:.2f} | {speed:.0f} | {speed / plain:.2f} | {share:.2f} | {peak / 1e9:.2f} |")
+
+
+def time_update(args, model):
+    """Prints a table of the ways to compute a loss and its gradient on one long sequence."""
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (1, args.update_tokens), generator=rng).to(model.device)
+    mask = (torch.rand(ids.shape, generator=rng) < ACTION_SHARE).to(model.device)
+    attention = torch.ones_like(ids)
+
+    def plain():
+        with autocast(model):
+            logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+        logprobs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return torch.cat([logprobs.new_zeros(1, 1), logprobs], 1)
+
+    def gradient(logprobs):
+        loss, _ = policy_loss(logprobs, logprobs.detach(), torch.ones(1, device=model.device), mask)
+        loss.backward()
+        squares = torch.stack([p.grad.float().square().sum() for p in model.parameters()])
+        model.zero_grad()
+        return squares.sum().sqrt().item()
+
+    ways = {
+        "all logits": lambda: gradient(plain()),
+        "token_logprobs": lambda: gradient(token_logprobs(model, ids, attention, mask_B_T=mask)),
+    }
+    measured = timed(ways, args.repeats, model.device)
+    print("\n| update | seconds | tokens/s | times all logits | peak GB beyond the weights | gradient norm |")
+    print("|---|---|---|---|---|---|")
+    base = measured["all logits"][0]
+    for name, (seconds, peak, norm) in measured.items():
+        speed = f"{args.update_tokens / seconds:.0f} | {base / seconds:.2f}"
+        print(f"| {name} | {seconds:.2f} | {speed} | {peak / 1e9:.2f} | {norm:.5f} |")
+    if model.device.type == "cuda":
+        layers, config = sum(p.numel() for p in model.get_decoder().layers.parameters()), model.config
+        flops = 6 * args.update_tokens * (layers + config.hidden_size * config.vocab_size * ACTION_SHARE)
+        flops += 6 * config.num_hidden_layers * args.update_tokens**2 * config.hidden_size  # causal attention
+        share = flops / measured["token_logprobs"][0] / (PEAK_TFLOPS * 1e12)
+        print(f"\nmodel FLOP utilisation of the update: {share:.1%} of {PEAK_TFLOPS} TFLOP/s")
+
+
+def time_policy(args):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    torch.manual_seed(0)
+    _, tokenizer = load_policy("tiny", "float32", "cpu")
+    width, mlp, layers, heads, kv_heads, vocabulary = SHAPES[args.shape]
+    config = Qwen2Config(
+        vocab_size=max(vocabulary, len(tokenizer)),
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=args.layers or layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=2**17,
+        tie_word_embeddings=args.shape != "7b",
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with device:
+        model = AutoModelForCausalLM.from_config(config).eval()
+    model.compute_dtype = DTYPES[dtype]
+    size = sum(p.numel() for p in model.parameters())
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(
+        f"{args.shape} with {config.num_hidden_layers} layers: {size / 1e6:.0f}M parameters, {dtype}, {name}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}; the best of {args.repeats} runs each"
+    )
+    time_rollouts(args, model, tokenizer)
+    time_update(args, model)
+
+
+# ----------------------------------------------------------------------------------------------- oracle and buffers
+
+
+def seconds_of(function, repeats=1):
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - start) / repeats
+
+
+def time_oracle(args):
+    """Prints median milliseconds per environment and per reward, tau2's against ours, on the same conversations."""
+    import oracle
+    from environment import make_env, registry
+
+    print(f"{'':8s} {'environment':>24s} {'ratio':>6s}   {'reward':>24s} {'ratio':>6s}   (median ms, tau2 / ours)")
+    for domain in oracle.DOMAINS:
+        tasks = oracle.load_tasks(domain, "base")
+        tasks = tasks[:: max(1, len(tasks) // 10)][:10]
+        build, times = registry.get_env_constructor(domain), []
+        for task in tasks:
+            episode = oracle.demonstrate(domain, task)
+            oracle.score(episode)  # computes the task's gold changes, which are kept
+            ways = (
+                (partial(build, solo_mode=episode.solo), 1),
+                (partial(make_env, domain, task, episode.solo), 5),
+                (partial(oracle.tau2_score, episode), 1),
+                (partial(oracle.score, episode), 5),
+            )
+            times.append([seconds_of(*way) for way in ways])
+        a, b, c, d = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
+        print(f"{domain:8s} {a:14.1f} / {b:7.2f} {a / b:5.0f}x   {c:14.1f} / {d:7.2f} {c / d:5.0f}x")
+
+
+def time_buffers(capacity=1000):
+    """Prints the offers per second to a full reservoir, and of each policy's choice of a slot."""
+    rng = np.random.default_rng(0)
+    buffer = Buffer(capacity)
+    for item in range(capacity):
+        add(buffer, item, label=int(rng.integers(10)), loss=rng.random(), rng=rng)
+    ways = {
+        "reservoir, offers": lambda: add(buffer, 0, label=0, rng=rng),
+        "brs, accepted offers": lambda: brs_slot(buffer.labels, rng),
+        "lars, accepted offers": lambda: lars_slot(buffer.losses, rng),
+        "labrs, accepted offers": lambda: labrs_slot(buffer.losses, buffer.labels, rng),
+    }
+    for name, way in ways.items():
+        print(f"{name}: {1 / seconds_of(way, 20_000):.0f} per second, buffer of {capacity}")
+
+
+def main():
+    args = parse(Args)
+    if args.oracle:
+        time_oracle(args)
+    elif args.buffers:
+        time_buffers()
+    else:
+        time_policy(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""What the experiments share: flags, jobs in processes of their own, intervals, tables, and one line for each error.
+
+A job is (arm, seed), or (scenario, arm, seed). Its result is written as soon as it is there, and is not computed again.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from multiprocessing import Pipe, get_context, parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import numpy as np
+import pandas
+import torch
+import tyro
+from annotated_types import MinLen
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt, ValidationError
+from tqdm import tqdm
+
+from distributed import one_line, write_json
+from regularize import EWC, OnlineEWC
+
+NOT_SETTINGS = ("seeds", "arms", "scenarios", "output", "workers", "laws")  # they do not change a job's result
+SCRIPT = Path(sys.argv[0]).name
+
+
+def _distinct(values):
+    if len(set(values)) < len(values):
+        raise ValueError(f"each value may be named once, got {values}")
+    return values
+
+
+Several = Annotated[list[TypeVar("T")], MinLen(1), AfterValidator(_distinct)]
+
+
+@dataclass(kw_only=True)
+class Flags:
+    """Which jobs run."""
+
+    seeds: Several[NonNegativeInt] = field(default_factory=lambda: [0])
+    """seeds of data, weights, batches and noise"""
+    output: str
+    """directory for results, tables and pictures. Finished jobs there are not run again"""
+    workers: PositiveInt | None = None
+    """jobs at a time. Default: one per CPU core; one on a GPU"""
+
+
+def of_arm(arm, args) -> EWC | None:
+    """The penalty of an arm of the supervised experiments, if it has one."""
+    if arm == "online_ewc":
+        return OnlineEWC(args.ewc_lambda, args.ewc_decay)
+    weights = {"ewc": args.ewc_lambda, "er_plus": args.er_plus_lambda}
+    return EWC(weights[arm]) if arm in weights else None
+
+
+# ------------------------------------------------------------------------------------------------------------- jobs
+
+
+def start_worker(threads, stop):
+    """Starts a worker: it gets its share of the cores, and ends when the main process closes `stop` or dies."""
+    torch.set_num_threads(threads)
+
+    def end_with_parent():
+        wait([stop, parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def run_job(args, function, job, path: Path):
+    """Writes function(args, *job) to `path`. Raises ValueError if it has a number that is not finite."""
+    try:
+        result = function(args, *job)
+        json.dumps(result, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{' '.join(map(str, job))}: {error} (is the learning rate too high?)") from error
+    write_json(path, result)
+
+
+def read_result(job, path):
+    """A job's result, or None if there is no file. Raises ValueError if the file holds something else."""
+    if not path.exists():
+        return None
+    with contextlib.suppress(ValueError, TypeError):
+        result = json.loads(path.read_text())
+        if [result[name] for name in ("scenario", "arm", "seed") if name in result] == list(job):
+            return result
+    raise ValueError(f"{path} is damaged; remove it, and it will be made again")
+
+
+def run_jobs(args, function, jobs, prepare=None) -> list[dict]:
+    """function(args, *job) for each job, args.workers at a time, in processes of their own.
+
+    Results are JSON files below args.output. prepare(jobs) is called with the jobs that have no result yet, before they
+    start. Raises ValueError if args.output holds results of other settings, or a damaged one.
+    """
+    results = Path(args.output) / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in asdict(args).items() if name not in NOT_SETTINGS}
+    written = results.parent / "settings.json"
+    if any(results.glob("*.json")) and not (written.exists() and json.loads(written.read_text()) == settings):
+        raise ValueError(f"{args.output} holds results of other settings; see {written}, or choose another --output")
+    write_json(written, settings)
+    paths = {job: results / f"{'_'.join(map(str, job)).replace(' ', '_')}.json" for job in jobs}
+    todo = [job for job in jobs if read_result(job, paths[job]) is None]
+    if prepare and todo:
+        prepare(todo)
+    workers = args.workers or (1 if torch.cuda.is_available() else os.cpu_count())
+    stop, running = Pipe(duplex=False)
+    # Workers inherit that Ctrl-C is ignored: it is for this process, which then stops them.
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (max(1, os.cpu_count() // workers), stop))
+    futures = [pool.submit(run_job, args, function, job, paths[job]) for job in todo]
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    try:
+        with tqdm(desc="jobs", total=len(jobs), initial=len(jobs) - len(todo)) as bar:
+            for done in as_completed(futures):
+                done.result()
+                bar.update()
+    except BaseException:
+        running.close()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [read_result(job, path) for job, path in paths.items()]
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def over_seeds(values) -> tuple[float, float]:
+    """(mean, half width of the 95% confidence interval by Student's t; NaN for a single value)."""
+    from scipy import stats
+
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def cell(values, digits=2) -> str:
+    """Mean and interval as text, such as "0.93 ± 0.02"; empty if there are no values.
+
+    >>> cell([1.0])
+    '1.00'
+    """
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    mean, half = over_seeds(values)
+    return f"{mean:.{digits}f}" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def write_csv(path, rows):
+    """Rows are dicts; a column that a row lacks is empty."""
+    pandas.DataFrame(rows).to_csv(path, index=False)
+
+
+def show_table(path, rows):
+    """Prints rows, dicts of text, as a Markdown table, and writes it to `path`."""
+    table = pandas.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    print(table)
+    path.write_text(table + "\n")
+
+
+@contextlib.contextmanager
+def picture(path, rows, columns, size, **kwargs):
+    """Yields (figure, panels) to draw in, rows x columns of them. Afterwards adds the first panel's legend, if it has
+    one, and writes the file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.style.use(["petroff10", {"font.size": 8, "savefig.dpi": 200}])
+    figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **kwargs)
+    yield figure, list(panels.flat)
+    for axes in panels.flat:
+        if not axes.has_data():
+            axes.axis("off")
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def parse(settings):
+    """An instance of the dataclass `settings` from the command line. A value that its type rules out is one line."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):  # tyro draws pydantic's errors in a box
+            return tyro.cli(settings)
+    except SystemExit as stop:
+        wrong = stop.__context__
+        text = f"{SCRIPT}: {one_line(wrong)}\n" if isinstance(wrong, ValidationError) else shown.getvalue()
+        sys.stderr.write(text)
+        raise
+
+
+def run_command(settings, function):
+    """Parses the command line and calls function(args). An error is one line, with an exit code of 2 (bad input), 1 (a
+    worker was killed), 130 (Ctrl-C) or 143 (SIGTERM)."""
+    args = parse(settings)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    code, line = 0, f"finished jobs are in {args.output}; the same command goes on"
+    try:
+        function(args)
+    except (ValueError, OSError, ImportError) as error:
+        code, line = 2, f"{SCRIPT}: {error}"
+    except BrokenProcessPool:
+        code, line = 1, f"a worker was killed, perhaps for lack of memory; {line} (try fewer --workers)"
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code, line = getattr(stop, "code", 130), f"stopped; {line}"
+    if code:
+        print(line, file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,492 @@
+"""A run: opening it, the record that the loop and the hooks read, its directory and its logs."""
+
+import dataclasses
+import datetime
+import importlib.util
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from pydantic import PositiveInt
+
+import checkpoint
+import distributed
+import eval as evaluation
+import grpo
+import oracle
+import policy
+import regularize
+import report
+import rollout
+import users
+from algorithm import CLAlgorithm, load_algorithm, own_attributes
+from distributed import StopRun, all_gather_json, one_line, rank, say, seeded_generator, world_size, write_json
+from grpo import TaskRef, Trajectory
+from replay import TrajectoryBuffer
+
+
+@dataclass(kw_only=True)
+class Flags:
+    """The run's files."""
+
+    run_name: str | None = None
+    """directory under runs_dir. Default: algorithm, seed and time"""
+    runs_dir: str = "runs"
+    """directory of all runs"""
+    resume: str | None = None
+    """continue the run in this directory from its last checkpoint, with its own settings"""
+    checkpoint_every: PositiveInt = 10
+    """GRPO steps between checkpoints"""
+    tensorboard: bool = False
+    """also log to TensorBoard, into the run's directory (package tensorboard)"""
+    wandb_project: str | None = None
+    """also log to this project of Weights & Biases (packages wandb and tensorboard)"""
+
+
+@dataclass
+class Trainer:
+    """The run as hooks may read it."""
+
+    args: object
+    run: Path
+    model: torch.nn.Module
+    tokenizer: object
+    algorithms: list[CLAlgorithm]
+    tasks: dict[str, list]  # domain -> training tasks
+    eval_tasks: dict[str, list]
+    stages: list[str]  # the names of the rows of R
+    optimizer: torch.optim.Optimizer
+    initial: dict | None  # the policy before any training (policy.snapshot); LoRA needs none
+    trajectory_buffer: TrajectoryBuffer | None
+    state: dict  # where the run is; JSON, saved in checkpoints
+    reference: dict | None = None  # the policy at the start of the domain's GRPO
+    domain: str = ""
+    phase: str = ""  # "warmup" or "grpo" during a step
+    refs_P: list[TaskRef] = field(default_factory=list)  # of this step: the tasks of all ranks, ...
+    rewards_P_G: torch.Tensor | None = None  # ... their rewards, NaN for invalid conversations, ...
+    trajectories: list[Trajectory] = field(
+        default_factory=list
+    )  # ... the conversations, if an algorithm uses them, ...
+    replayed: list[Trajectory] = field(default_factory=list)  # ... stored conversations in the batch, ...
+    replayed_losses: list[float] = field(default_factory=list)  # ... their losses, ...
+    batches: list[dict] = field(default_factory=list)  # ... and this rank's micro-batches (grpo.collate)
+    scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    own_attributes: list[dict] = field(default_factory=list)  # see checkpoint.warn_of_unsaved_state
+    writer: object = None  # of TensorBoard
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def config(self):
+        return self.args
+
+    @property
+    def step(self):
+        """GRPO steps so far."""
+        return self.state["global_step"]
+
+    @property
+    def domains(self):
+        """The domains that new tasks are drawn from."""
+        joint = any(a.all_domains for a in self.algorithms)
+        return self.args.task_order if joint else [self.domain]
+
+    @property
+    def cold(self):
+        """Those of them without a warm start."""
+        return [d for d in self.domains if d not in self.state["warm_start"]]
+
+    @property
+    def seconds(self):
+        """Seconds that the run has taken, without the time between a stop and a resume."""
+        return self.state["seconds"] + time.perf_counter() - self.started
+
+    def seeded(self, purpose, step) -> torch.Generator:
+        """Random numbers that depend on the seed, the rank and the position in the run only."""
+        position = (self.args.task_order.index(self.domain), purpose, step, distributed.rank())
+        return seeded_generator(self.model.device, self.args.seed, *position)
+
+
+class Clock(dict):
+    """Seconds by name: each `lap` adds the time since the one before."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self[name] = self.get(name, 0.0) + now - self.last
+        self.last = now
+
+
+# ---------------------------------------------------------------------------------------------------------- opening
+
+
+def set_up(args, algorithm, algorithms, device) -> Trainer:
+    """Everything before the first step. Raises ValueError or OSError before anything is written."""
+    config, folder = None, None
+    if args.resume:
+        run = Path(args.resume)
+        args, config = read_config(type(args), run)
+        folder = next(reversed(checkpoint.checkpoints(run)), None)  # a run killed before its first one begins again
+        saved = checkpoint.read(folder) if folder else None
+    check_trackers(args)
+    users.check(args.user)
+    oracle.use_retrieval(args.retrieval)
+    tasks = oracle.training_tasks(args)
+    eval_tasks = oracle.evaluation_tasks(args, tasks)
+    if config and config["train_tasks"] != task_ids(tasks):
+        raise ValueError(f"cannot resume {run}: the train_tasks of its config.json are not those of this tau2")
+    algorithm = algorithm or load_algorithm(args.cl_algorithm, algorithms, args)
+    algorithms = [algorithm, *regularize.penalties(args, algorithm)]
+    users.prepare(args.user, args.user_api_base, model_dtype=args.model_dtype, device=device)
+    args.kl_reference = args.kl_reference or ("initial" if args.lora_rank else "domain")
+    corpus = None
+    if args.model_name_or_path == "tiny":  # the tokenizer is trained on these tasks; the policy knows no others
+        corpus = [text[:400] for d in tasks for text in oracle.corpus(d, tasks[d])]
+
+    def load(source, lora_rank=args.lora_rank):
+        names = ("seed", "attn_implementation", "gradient_checkpointing")
+        settings = {**{name: getattr(args, name) for name in names}, "corpus": corpus, "lora_rank": lora_rank}
+        model, tokenizer = policy.load_policy(
+            str(source), args.model_dtype, "cpu" if args.shard else device, **settings
+        )
+        if not policy.trained_parameters(model):
+            raise ValueError(f"{source} has a LoRA adapter; name its rank with --lora_rank to train it")
+        if args.shard:
+            policy.shard(model)
+        return model, tokenizer
+
+    tiny_lora = not folder and args.model_name_or_path == "tiny" and args.lora_rank > 0
+    initial = None if args.lora_rank else policy.snapshot(load(args.model_name_or_path)[0])
+    model, tokenizer = load(folder or args.model_name_or_path, 0 if tiny_lora else args.lora_rank)
+    limits = (args.max_context, args.max_user_tokens, args.max_tool_tokens)
+    rollout.choose_engine(model, args.rollout_engine)
+    for domain, task in [(d, t) for found in (tasks, eval_tasks) for d, ts in found.items() for t in ts]:
+        episode = oracle.Episode(domain, task, users.scripted_like(args.user), args.max_turns)
+        rollout.check_opening(model, tokenizer, episode, *limits)
+    if not args.resume:
+        run = new_run(args, tasks, eval_tasks)
+    if tiny_lora:  # an adapter's directory names its base, which must be a directory, too
+        weights = policy.gathered_weights(model)
+        if distributed.rank() == 0:
+            policy.save_policy(model, tokenizer, run / "base", weights)
+        distributed.barrier()
+        model, tokenizer = load((run / "base").resolve())
+    # Not foreach: it needs another copy of the weights for a moment.
+    parameters = policy.trained_parameters(model).values()
+    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, foreach=False)
+    order, buffer = args.task_order, next((b for a in algorithms if (b := a.make_buffer())), None)
+    stages = [f"{k + 1}/{len(order)} of all" for k in range(len(order))] if algorithm.all_domains else order
+    names = (args, run, model, tokenizer, algorithms, tasks, eval_tasks, stages, optimizer, initial, buffer)
+    trainer = Trainer(*names, state=initial_state(), writer=open_writer(args, run))
+    for a in algorithms:
+        a.trainer = trainer
+    trainer.own_attributes = [own_attributes(a, args) for a in algorithms]
+    if folder:
+        checkpoint.load(trainer, folder, saved)
+    elif distributed.rank() == 0:
+        for path in run.glob("*.jsonl"):
+            path.unlink()
+    announce(trainer)
+    return trainer
+
+
+def initial_state() -> dict:
+    """Where a run is; JSON."""
+    return {
+        "position": 0,  # in the schedule
+        "warm": -1,  # the stage whose warm start has reached its target
+        "warm_steps": 0,  # of the current stage
+        "global_step": 0,  # GRPO steps so far
+        "skipped_in_a_row": 0,  # updates without a finite gradient
+        "examples": 0,  # conversations trained on so far, demonstrations and replayed ones included
+        "seconds": 0.0,
+        "ranks": distributed.world_size(),
+        "baseline": {},
+        "warm_start": {},
+        "evaluation": {},
+        "R": [],
+    }
+
+
+def announce(trainer: Trainer):
+    """Tells the user what is about to run."""
+    args, ranks = trainer.args, distributed.world_size()
+    size = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    say(f"{args.cl_algorithm} on {args.model_name_or_path} ({size:.1f}M parameters), {ranks} rank(s)")
+    number = {d: len(tasks) for d, tasks in trainer.tasks.items()}
+    say(f"training tasks: {number}; evaluated on the {args.eval_split} split, {args.user} user")
+    if trainer.state["ranks"] != ranks:
+        say(f"resuming with {ranks} ranks a run of {trainer.state['ranks']}: batches change their size")
+        trainer.state["ranks"] = ranks
+    say(f"writing {trainer.run}")
+
+
+# ------------------------------------------------------------------------------------------------------ the directory
+
+
+def task_ids(tasks) -> dict:
+    return {domain: [task.id for task in tasks[domain]] for domain in tasks}
+
+
+def read_config(kind, run: Path):
+    """(settings as a dataclass `kind`, whole contents) of a run's config.json. Raises ValueError if the run cannot be
+    resumed."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"cannot resume {run}: there is no {path}")
+    if (run / "report.md").exists():
+        raise ValueError(f"cannot resume {run}: it is finished; see {run / 'report.md'}")
+    try:
+        config = json.loads(path.read_text())
+        settings = kind(**{f.name: config[f.name] for f in dataclasses.fields(kind)})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"cannot resume {run}: {path} is damaged ({type(error).__name__}: {one_line(error)})"
+        ) from error
+    return settings, config
+
+
+def new_run(args, train_tasks, eval_tasks) -> Path:
+    """Makes the run's directory with its settings. Raises ValueError if the directory exists."""
+    algorithm_name = args.cl_algorithm.rpartition(":")[2]
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = all_gather_json(args.run_name or f"{algorithm_name}_seed{args.seed}_{stamp}")[0]
+    run = Path(args.runs_dir) / name
+    if any(all_gather_json(run.exists())):
+        raise ValueError(f"run directory {run} exists; choose another --run_name, or continue it with --resume {run}")
+    if rank() == 0:
+        (run / "checkpoints").mkdir(parents=True)
+        config = {**dataclasses.asdict(args), "run_name": name, "command": command_line()}
+        config.update(train_tasks=task_ids(train_tasks), eval_tasks=task_ids(eval_tasks))
+        write_json(run / "config.json", config)
+    distributed.barrier()
+    return run
+
+
+def command_line() -> str | None:
+    """The command that started this run; None if it was started from code."""
+    script = Path(sys.argv[0])
+    if script.suffix != ".py":
+        return None
+    launcher = ["torchrun", f"--nproc_per_node={world_size()}"] if world_size() > 1 else ["python"]
+    return shlex.join([*launcher, script.name, *sys.argv[1:]])
+
+
+# --------------------------------------------------------------------------------------------------------------- logs
+
+
+def append_jsonl(path, records):
+    """One line for each record, on rank 0."""
+    if rank() == 0:
+        with open(path, "a") as lines:
+            lines.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def log_conversations(trainer: Trainer, records):
+    """A step's conversations, of all ranks, go into trajectories.jsonl."""
+    for k, record in enumerate(records):
+        position = {"global_step": trainer.step, "sample": k % trainer.args.num_samples_per_prompt}
+        record.update(kind="rollout", replayed=record["domain"] not in trainer.domains, **position)
+    append_jsonl(trainer.run / "trajectories.jsonl", records)
+
+
+def log(trainer, record):
+    """A line in metrics.jsonl, and its numbers in TensorBoard."""
+    position = {"global_step": trainer.step, "seconds": round(trainer.seconds, 2)}
+    append_jsonl(trainer.run / "metrics.jsonl", [{**record, **position}])
+    if trainer.writer is not None:
+        for name, value in scalars(record).items():
+            trainer.writer.add_scalar(name, value, trainer.step)
+        trainer.writer.flush()
+
+
+def scalars(record, prefix="") -> dict[str, float]:
+    """The numbers of a record, nested ones too, by names such as step/reward and evaluation/domain/scores/airline."""
+    name = "/".join(str(record[key]) for key in ("kind", "stage") if key in record)
+    found = {}
+    for key, value in record.items():
+        path = f"{prefix or name}/{key}"
+        if isinstance(value, dict):
+            found.update(scalars(value, path))
+        elif isinstance(value, (int, float)):  # and bool
+            found[path] = float(value)
+    return found
+
+
+def check_trackers(args):
+    """Raises ValueError for a tracker whose package is not installed."""
+    needed = {"wandb_project": ("wandb", "tensorboard"), "tensorboard": ("tensorboard",)}
+    for flag, packages in needed.items():
+        for package in packages if getattr(args, flag) else ():
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f"--{flag} needs the package {package}, which is not installed: pip install {package}")
+
+
+def open_writer(args, run):
+    """TensorBoard's writer on rank 0, if a flag asks for one; Weights & Biases reads along. A resumed run goes on where
+    it was."""
+    if rank() > 0 or not (args.tensorboard or args.wandb_project):
+        return None
+    if args.wandb_project:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it would advertise itself
+        import wandb
+
+        about = {"project": args.wandb_project, "name": run.name, "id": run.name, "resume": "allow", "dir": str(run)}
+        quiet = wandb.Settings(silent=True, console="off")
+        wandb.init(**about, config=dataclasses.asdict(args), settings=quiet, sync_tensorboard=True)
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(run / "tensorboard")
+
+
+# ------------------------------------------------------------------------------------------------------ of one step
+
+
+def stop_diverged(trainer: Trainer, trajectories, norm):
+    """Leaves this rank's batch for inspection and raises StopRun on every rank."""
+    path = trainer.run / f"not_finite_rank{rank()}.json"
+    rows = [dataclasses.asdict(dataclasses.replace(t, messages=[])) for t in trajectories]
+    write_json(path, {"global_step": trainer.step, "grad_norm": norm, "trajectories": rows})
+    raise StopRun(
+        f"{trainer.state['skipped_in_a_row']} updates in a row had no finite loss or gradient (norm {norm}); the "
+        f"weights are from before them, the last batch is in {path}"
+    )
+
+
+def all_trajectories(trainer: Trainer, trajectories, records) -> list[Trajectory]:
+    """The usable conversations of all ranks, with messages as JSON; none if no algorithm uses them."""
+    if not any(a.uses_trajectories for a in trainer.algorithms):
+        return []
+    usable = [t.usable(trainer.args.mask_truncated) for t in trajectories]
+    rows = [
+        dataclasses.asdict(dataclasses.replace(t, messages=[])) if u else None
+        for t, u in zip(trajectories, usable, strict=True)
+    ]
+    rows = distributed.gathered_in_order(rows, len(trainer.refs_P), trainer.args.num_samples_per_prompt)
+    pairs = zip(rows, records, strict=True)
+    return [Trajectory(**{**row, "messages": record["messages"]}) for row, record in pairs if row is not None]
+
+
+def stored_losses(trainer: Trainer) -> list[float]:
+    """The losses of the step's stored conversations, in the order of trainer.replayed."""
+    stored = [batch for batch in trainer.batches if "losses" in batch]
+    pairs = [pair for batch in stored for pair in zip(batch["indices"], batch["losses"], strict=True)]
+    mine = [loss for _, loss in sorted(pairs)]
+    return distributed.gathered_in_order(mine, len(trainer.replayed), 1)
+
+
+def evaluate(trainer: Trainer, stop, stage, domains, step) -> dict[str, float]:
+    """The mean reward of each domain; all metrics are logged. Stage "check" is on training tasks, in the warm start."""
+    args, check = trainer.args, stage == "check"
+    tasks = trainer.tasks if check else trainer.eval_tasks
+    purpose = 2 + ("check", "warmup", "baseline", "domain").index(stage)
+
+    def record(records):
+        position = {"kind": "evaluation", "stage": stage, "global_step": trainer.step}
+        append_jsonl(trainer.run / "trajectories.jsonl", [{**position, **r} for r in records])
+
+    details = evaluation.evaluate_tasks(
+        trainer.model,
+        trainer.tokenizer,
+        {domain: tasks[domain] for domain in domains},
+        num_trials=max(1, args.eval_trials // 2) if check else args.eval_trials,
+        on_records=record,
+        on_record=stop.leave_evaluation,
+        user=args.user,
+        max_turns=args.max_turns,
+        seed=trainer.seeded(purpose, step).initial_seed(),
+        label=f"evaluate ({', '.join(domains)})",
+        **rollout.settings(args),
+    )
+    scores = {domain: values["reward_mean"] for domain, values in details.items()}
+    trainer.state["evaluation"] = details if stage == "domain" else trainer.state["evaluation"]
+    about = {"kind": "evaluation", "stage": stage, "domain": trainer.domain}
+    log(trainer, {**about, "scores": scores, "details": details})
+    return scores
+
+
+def step_metrics(trainer: Trainer, records, clock) -> dict:
+    """What the conversations of a step (of all ranks) say."""
+    valid = [r for r in records if r["reward"] is not None]
+    by_domain = {}
+    for r in valid:
+        by_domain.setdefault(r["domain"], []).append(r["reward"])
+    new = torch.tensor([reward for domain in trainer.domains for reward in by_domain.get(domain, [])] or [0.0])
+    passed = {domain: [reward >= grpo.PASS for reward in values] for domain, values in by_domain.items()}
+    return {
+        "kind": "step",
+        "domain": trainer.domain,
+        "reward": new.mean().item(),
+        "reward_std": new.std(correction=0).item(),
+        "reward_max": new.max().item(),
+        "reward_by_domain": {domain: statistics.fmean(values) for domain, values in by_domain.items()},
+        "pass_rate_by_domain": {domain: statistics.fmean(values) for domain, values in passed.items()},
+        "zero_variance_groups": 1.0 - grpo.varied(trainer.rewards_P_G).float().mean().item(),
+        "replayed_groups": statistics.fmean(ref.domain not in trainer.domains for ref in trainer.refs_P),
+        "turns": statistics.fmean(r["turns"] for r in records),
+        "tool_error_share": sum(r["failed_calls"] for r in records) / max(1, sum(r["tool_calls"] for r in records)),
+        "truncated": statistics.fmean(r["truncated"] for r in records),
+        "invalid": len(records) - len(valid),
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+        "skipped_in_a_row": trainer.state["skipped_in_a_row"],
+        "tokens_per_second": sum(r["tokens"] for r in records) / clock["rollout_seconds"],
+        **clock,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- the end
+
+
+def finish(trainer: Trainer) -> dict:
+    """Writes summary.json and the report, shows the result, and returns the summary."""
+    args, state, run = trainer.args, trainer.state, trainer.run
+    order, buffer = args.task_order, trainer.trajectory_buffer
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    versions.update(oracle.data_version())
+    solo = " (telecom: solo mode)" if args.user == "scripted" and "telecom" in order else ""
+    note = f"{args.user} user{solo}, {args.eval_split} split, {versions['tau2']}"
+    if args.model_name_or_path == "tiny":
+        note += "; the embedded policy memorises a few training tasks, this is no benchmark score"
+    found = buffer.get_statistics() if buffer is not None else {}
+    kept = buffer.bytes_kept() if buffer is not None else 0
+    for algorithm in trainer.algorithms:
+        found.update(algorithm.get_statistics())
+        kept += algorithm.bytes_kept()
+    summary = {
+        "cl_algorithm": args.cl_algorithm,
+        "task_order": order,
+        "split": args.eval_split,
+        "user": args.user,
+        "note": note,
+        "seed": args.seed,
+        "baseline": state["baseline"],
+        "warm_start": state["warm_start"],
+        "stages": trainer.stages,
+        "R": state["R"],
+        "metrics": evaluation.cl_metrics(state["R"], [state["baseline"][d] for d in order]),
+        "evaluation": state["evaluation"],
+        "do_nothing_rate": {d: state["evaluation"][d]["do_nothing_rate"] for d in order},
+        "statistics": found,
+        "bytes_kept": kept,
+        "minutes": trainer.seconds / 60,
+        "ranks": world_size(),
+        "versions": versions,
+        "config": dataclasses.asdict(args),
+        "command": json.loads((run / "config.json").read_text())["command"],
+    }
+    if rank() == 0:
+        write_json(run / "summary.json", summary)
+        report.write_report(run)
+    say("\n" + report.text_matrix(summary) + "\n")
+    say("  ".join(f"{name} {value:.2f}" for name, value in summary["metrics"].items() if value is not None))
+    say(f"{summary['minutes']:.1f} minutes; report: {run / 'report.md'}")
+    return summary
