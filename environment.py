@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import MutableMapping
+from contextlib import suppress
 
 # Before the first import of tau2: litellm would try the network for a price list, and tau2 logs every tool call.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
@@ -64,9 +65,14 @@ class CopyOnWrite(dict):
         self.touched.add(key)
         super().__delitem__(key)
 
+    def pop(self, key, *default):
+        self.get(key)  # copies the record, which the caller may change
+        self.touched.add(key)
+        return super().pop(key, *default)
+
     # dict's own methods would bypass those above.
     get, setdefault, update = MutableMapping.get, MutableMapping.setdefault, MutableMapping.update
-    pop, popitem, clear = MutableMapping.pop, MutableMapping.popitem, MutableMapping.clear
+    popitem, clear = MutableMapping.popitem, MutableMapping.clear
 
 
 def _private_db(db):
@@ -146,8 +152,8 @@ def _pristine(domain, side, table, key) -> str | None:
 
 def changes(domain: str, env: Environment) -> dict:
     """What differs from the pristine databases: {(side, table, record's key): canonical JSON, None if deleted}. The
-    key is None for a part that is no table. Two environments have equal tau2 hashes exactly if their changes are
-    equal."""
+    key is None for a part that is no table. Two environments of one task have equal tau2 hashes exactly if their
+    changes are equal."""
     found = {}
     for side in ("tools", "user_tools"):
         db = getattr(getattr(env, side), "db", None)
@@ -172,10 +178,8 @@ def gold_changes(domain: str, task: Task) -> dict:
     if id(task) not in _GOLD:
         env = make_env(domain, task)
         for action in task.evaluation_criteria.actions or []:
-            try:  # like tau2, which skips a gold action that fails and synchronises nothing between them
+            with suppress(Exception):  # like tau2, which skips a gold action that fails
                 env.make_tool_call(tool_name=action.name, requestor=action.requestor, **action.arguments)
-            except Exception:
-                continue
         _GOLD[id(task)] = (task, changes(domain, env))
     return _GOLD[id(task)][1]
 
@@ -191,12 +195,13 @@ def _check_values(value, depth=1):
         raise ValueError("the arguments have a number that is not finite")
     if isinstance(value, int) and abs(value) >= 10**18:  # Python refuses to print the product of very long ones
         raise ValueError("the arguments have a number that is too large")
-    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for child in children:
         _check_values(child, depth + 1)
 
 
 def parse_arguments(arguments) -> dict:
-    """A tool call's arguments, JSON text or a dict, as a dict that tau2 can store. ValueError says what is wrong."""
+    """A tool call's arguments, JSON text or a dict, as a dict that tau2 can store. ValueError if it cannot."""
     try:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments)
         if len(text) > MAX_TEXT:
@@ -215,7 +220,7 @@ def parse_arguments(arguments) -> dict:
 
 def checked_call(call, call_id: str) -> ToolCall:
     """A tool call that is safe to carry out and to store, from tau2's ToolCall or {"function": {"name", "arguments"}}.
-    ValueError says why there is none."""
+    Raises ValueError if the call is not safe."""
     function = {"name": call.name, "arguments": call.arguments} if isinstance(call, ToolCall) else call["function"]
     name = function.get("name")
     if not isinstance(name, str) or not name:

@@ -19,7 +19,6 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pydantic
 import tyro
 from annotated_types import MinLen
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -34,9 +33,9 @@ import users
 # isort: split
 import litellm
 
-from distributed import CHECKED, StopRun, all_gather_json, barrier, rank, world_size
+from distributed import StopRun, all_gather_json, barrier, rank, world_size
 from grpo import Trajectory
-from metrics import PASS, cl_metrics, measure, overall, text_metrics  # noqa: F401, for train.py
+from metrics import cl_metrics, measure, overall, text_metrics  # noqa: F401, cl_metrics is for run.py
 from report import compare, read_jsonl, show_conversations, write_text
 
 MAX_INVALID_SHARE = 0.5  # of the conversations; with more environment errors the run stops
@@ -230,7 +229,7 @@ USUAL = {  # the settings that a checkpoint's run gives, and their defaults
 LIMITS = ("max_context", "max_user_tokens", "max_tool_tokens")
 
 
-@pydantic.dataclasses.dataclass(config=CHECKED)
+@dataclasses.dataclass
 class Args:
     """Evaluates a model on tau2's domains, compares finished runs, or shows conversations."""
 
@@ -399,8 +398,8 @@ def run_evaluation(args: Args):
 
 
 def main():
-    args = tyro.cli(Args)
     try:
+        args = distributed.checked(Args, vars(tyro.cli(Args)))
         if args.show:
             colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
             print(show_conversations(args.show, args.worst, args.task, args.unfold, colour))
@@ -410,7 +409,7 @@ def main():
         else:
             run_evaluation(args)
     except (ValueError, OSError, StopRun) as error:
-        print(f"eval.py: {distributed.one_line(error)}", file=sys.stderr)
+        print(f"eval.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

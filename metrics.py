@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 import oracle
-from report import PASS
+from grpo import PASS
 
 
 def pass_hat_k(successes, trials, k) -> float:
@@ -20,7 +20,7 @@ def pass_hat_k(successes, trials, k) -> float:
     0.5
     """
     if not 0 <= successes <= trials or not 1 <= k <= trials:
-        raise ValueError(f"successes and k must be at most {trials}, the trials, and k positive; got {successes}, {k}")
+        raise ValueError(f"pass^{k} of {successes} successes in {trials} trials is not defined")
     return math.comb(successes, k) / math.comb(trials, k)
 
 

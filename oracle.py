@@ -336,11 +336,11 @@ def data_version() -> dict:
     package = f"{installed[0].name} {installed[0].version}" if installed else "unknown"
     files = {domain: f"{domain}/tasks.json" for domain in DOMAINS}
     if V1:
-        files[V1.BANKING] = f"{V1.BANKING}/[dt]*s/*.json"  # tasks and documents
-    hashes = {domain: _hash_of_files(pattern) for domain, pattern in files.items()}
-    everything = [task for domain in DOMAINS for task in all_tasks(domain).values()]
-    note = {} if all(_graded(task) is task for task in everything) else {"note": V1.NOT_JUDGED}
-    return {"tau2": package, "tau2 tasks": hashes, **note}
+        files[V1.BANKING] = f"{V1.BANKING}/*/*.json"  # tasks and documents
+    version = {"tau2": package, "tau2 tasks": {domain: _hash_of_files(pattern) for domain, pattern in files.items()}}
+    if V1 and any(V1.graded(task) is not task for domain in DOMAINS for task in all_tasks(domain).values()):
+        version["note"] = V1.NOT_JUDGED
+    return version
 
 
 @functools.cache

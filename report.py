@@ -1,4 +1,4 @@
-"""What runs looked like: report.md, pictures, the comparison of runs, and conversations to read.
+"""Reports: report.md, pictures, the comparison of runs, and conversations to read.
 
 Data flow: summary.json and metrics.jsonl -> report.md and pictures; many summaries -> one table, a CSV and pictures.
 """
@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit  # scipy.stats.t.ppf, without the second that scipy.stats takes to import
 
-PASS = 1 - 1e-6  # tau2 counts a reward of 1 as a pass (tau2.metrics.agent_metrics.is_successful)
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: safe for every eye
+from grpo import PASS
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, for colour-blind readers
 MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))  # tell lines apart in greyscale
 AT_END = ["reward_mean", "reward_std", "pass_rate", "tool_accuracy", "do_nothing_rate", "turns", "truncated", "invalid"]
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))  # tells lines apart in greyscale
 
 
 def interval(values) -> tuple[float, float]:

@@ -1,13 +1,14 @@
 """Multi-turn rollouts: all conversations at once, each token computed once.
 
-Data flow: Episode -> rollout -> Trajectory. An episode is anything with domain, task.id, system, tools, messages, done,
-termination, opening(), act(message) and stop(reason); oracle.Episode is one.
+Data flow: Episode -> rollout -> Trajectory. An episode is any object with domain, task.id, system, tools, messages,
+done, termination, opening(), act(message) and stop(reason), such as episode.Episode.
 
 Two engines sample from the same distributions. "padded" decodes all conversations in one batch, token by token.
-"paged" is transformers' continuous batching: answers are read in one piece, and common prefixes once.
+"paged" is transformers' continuous batching: it reads an answer in one pass, and a common prefix once.
 """
 
 import concurrent.futures
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Literal, get_args
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import ContinuousBatchingConfig
@@ -24,7 +26,9 @@ from grpo import Trajectory, micro_batches
 from policy import autocast, is_sharded, plain_copy
 
 Engine = Literal["auto", "padded", "paged"]
-SLOW_AT_ONCE = 32  # conversations that wait for a server at the same time
+SLOW_AT_ONCE = 32  # episodes that wait for a server at the same time
+READ_TOKENS = 16384  # of openings and answers in one forward pass of the padded engine
+PAGE = 16  # tokens of the paged engine's cache; an incomplete page is computed again in the next turn
 
 
 @dataclass(kw_only=True)
@@ -51,60 +55,24 @@ def settings(args) -> dict:
     return {**{name: getattr(args, name) for name in names}, "engine": args.rollout_engine}
 
 
-class RaggedLayer(DynamicLayer):
-    """Keys and values of conversations of different lengths, in room that doubles when it is full: a forward pass of
-    some `rows` writes to each from its own `starts` on. transformers' DynamicLayer has one length for all and copies
-    everything at every token."""
-
-    count = 0  # conversations
-    room = None  # (2, count, heads, tokens, head_dim)
-    rows = starts = None  # of the next forward pass, (b,); rows None: all
-    end = 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        batch, heads, width, head_dim = key_states.shape
-        if self.room is None or self.room.shape[-2] < self.end:
-            old = self.room
-            self.room = value_states.new_zeros((2, self.count, heads, max(256, 2 * self.end), head_dim))
-            if old is not None:
-                self.room[:, :, :, : old.shape[-2]] = old
-        rows = torch.arange(batch, device=self.starts.device) if self.rows is None else self.rows
-        columns = self.starts[:, None] + torch.arange(width, device=self.starts.device)
-        for half, states in zip(self.room, (key_states, value_states), strict=True):
-            half[rows[:, None], :, columns] = states.transpose(1, 2).to(half.dtype)
-        seen = self.room[:, :, :, : self.end]
-        return tuple(seen if self.rows is None else seen[:, rows])
-
-    def get_seq_length(self):
-        return self.end
-
-    def select(self, rows):
-        self.room, self.count = self.room.index_select(1, rows), len(rows)
-
-
-def _new_cache(model):
-    cache = DynamicCache(config=model.config)
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        name = model.config.name_or_path or model.config.model_type
-        raise ValueError(f"{name}: rollouts need full attention in every layer; this model has other layers")
-    cache.layers = [RaggedLayer() for _ in cache.layers]
-    return cache
+# ----------------------------------------------------------------------------------------------------- conversations
 
 
 @dataclass
 class _Conversation:
-    """A conversation in progress, whichever way its turns are sampled."""
+    """A conversation in progress, for both engines."""
 
     episode: object
     chat: ChatFormat
     max_new_tokens: int
     max_context: int
-    cut: dict  # tokens that a message of a role is cut to
-    on_finish: object
-    opened: object = None  # of an episode that waits for a server: the future of its opening
+    cut: dict  # role -> tokens that its messages are cut to
+    on_finish: object = None
+    pool: object = None  # where a slow episode acts; None: it acts at once
+    opened: object = None  # the future of a slow episode's opening
+    answer: object = None  # the future of a slow episode's answer to the last turn
     finished: bool = False
     turn: int = 0
-    answer: object = None  # of such an episode: the future of its answer to the last turn
 
     def __post_init__(self):
         self.trajectory = Trajectory(self.episode.domain, str(self.episode.task.id))
@@ -122,40 +90,44 @@ class _Conversation:
                 f"{len(self.trajectory.token_ids)} tokens, which leaves none in a context of {self.max_context}"
             )
         if self.episode.done:
-            self._finish(self.episode.termination)
+            self.finish(self.episode.termination)
 
     @property
     def room(self):
         """Tokens that the next turn may have."""
         return min(self.max_new_tokens, self.max_context - len(self.trajectory.token_ids))
 
-    def say(self, ids, logprobs, pool=None) -> list[int]:
-        """A sampled turn, to its end or to where it was cut. Returns what is to be read before the next one; nothing
-        where the answer has to be waited for: then `answer` is its future (in `pool`), and `hear` is to be called."""
+    def say(self, ids, logprobs) -> list[int]:
+        """Takes a sampled turn, complete or cut off. Returns the ids to read before the next turn. For a slow episode
+        these are empty, `answer` is a future, and the caller must call `hear` when it is done."""
         stopped = ids[-1] in self.chat.stop_ids
         self.trajectory.append(ids, self.turn, logprobs)
         self.trajectory.truncated_turns += not stopped
         self.turn += 1
-        text = self.chat.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
-        if pool is not None and getattr(self.episode, "slow", False):
-            self.answer = pool.submit(self.episode.act, self.chat.parse(text))
+        message = self.chat.parse(self.chat.tokenizer.decode(ids[: len(ids) - stopped], skip_special_tokens=True))
+        if self.pool is not None:
+            self.answer = self.pool.submit(self.episode.act, message)
             return []
-        return self.hear(lambda: self.episode.act(self.chat.parse(text)))
+        return self.hear(lambda: self.episode.act(message))
 
     def hear(self, act=None) -> list[int]:
-        """The answer to the last turn, by default the one that was waited for."""
-        answer, self.answer = self.answer, None
+        """Takes the answer to the last turn: act(), by default the future's result. Returns the ids to read."""
+        act, self.answer = act or self.answer.result, None
         try:
-            answers = act() if act is not None else answer.result()
-        except Exception as error:  # named in the trajectory, which its group leaves out
+            messages = act()
+        except Exception as error:  # the trajectory names it, and its group leaves the trajectory out
             return self._fail(error)
+        return self.read(messages)
+
+    def read(self, messages) -> list[int]:
+        """Appends the answer to the last turn, or ends the conversation. Returns the appended ids."""
         if self.episode.done:
-            return self._finish(self.episode.termination)
+            return self.finish(self.episode.termination)
         ended = self.trajectory.token_ids[-1] == self.chat.end_id
-        suffix = ([] if ended else [self.chat.end_id]) + self.chat.answer(self._cut(answers))
+        suffix = ([] if ended else [self.chat.end_id]) + self.chat.answer(self._cut(messages))
         if len(self.trajectory.token_ids) + len(suffix) >= self.max_context:
             self.episode.stop("max_steps")
-            return self._finish("max_steps")
+            return self.finish("max_steps")
         self.trajectory.append(suffix)
         return suffix
 
@@ -165,9 +137,9 @@ class _Conversation:
     def _fail(self, error):
         self.trajectory.valid = False
         self.trajectory.error = f"{type(error).__name__}: {error}"
-        return self._finish("environment_error")
+        return self.finish("environment_error")
 
-    def _finish(self, termination):
+    def finish(self, termination):
         self.finished = True
         self.trajectory.termination = termination
         self.trajectory.messages = self.episode.messages
@@ -192,25 +164,25 @@ def rollout(
 ) -> list[Trajectory]:
     """Plays all episodes at once and returns their trajectories in the episodes' order.
 
-    Sampling is from the whole distribution at `temperature` (0: the most likely token), so the log-probabilities are
-    those of the loss: to rounding in float32; in bfloat16, where engines, autocast and shards round in other places, to
-    about a percent. Each token is computed once, and none waits for the others' turns.
+    It samples from the whole distribution at `temperature` (0: always the most likely token). The log-probabilities
+    are those of `token_logprobs`, up to rounding in float32 and about a percent in bfloat16.
 
-    max_new_tokens: sampled tokens a turn; max_context: tokens a conversation (None: the model's limit), at which it
-    ends as "max_steps"; max_user_tokens, max_tool_tokens: tokens of one message to the policy, cut beyond.
-    generator: a torch.Generator on the model's device. on_finish(episode, trajectory): called when one ends.
-    engine: "padded" decodes all conversations in one batch, token by token; "paged" is transformers' continuous
-    batching, where answers are read in one piece and common prefixes once; "auto": paged on a GPU, padded elsewhere
-    (`python grpo.py` measures both). With a sharded model every rank must call, with episodes or without.
-    An exception of `episode.act` makes the trajectory invalid, with the error's text. Episodes with a true attribute
-    `slow` (their users are models behind a server) are asked in threads, SLOW_AT_ONCE at a time, while others go on.
+    max_new_tokens: sampled tokens per turn. max_context: tokens per conversation (None: the model's limit); a full
+    context ends it as "max_steps". max_user_tokens, max_tool_tokens: longer messages are cut to as many tokens.
+    generator: a torch.Generator on the model's device. on_finish(episode, trajectory) is called when an episode ends.
+    engine: "padded", "paged", or "auto": paged on a GPU, padded elsewhere.
+
+    An exception in `episode.act` makes the trajectory invalid; its `error` is the exception's text. Episodes with a
+    true attribute `slow` (their users are models behind a server) act in threads while the others go on. With a sharded
+    model every rank must call, even without episodes. Raises ValueError for bad settings, an opening that fills the
+    context, and logits that are not finite.
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     engine = choose_engine(model, engine)
-    # Sharded weights are gathered, and continuous batching runs in a thread of its own, outside autocast.
+    # Sharded weights must be gathered. Continuous batching runs in a thread of its own, where autocast does not reach.
     uniform = {p.dtype for p in model.parameters()} == {getattr(model, "compute_dtype", model.dtype)}
     if is_sharded(model) or (engine == "paged" and not uniform):
         model = plain_copy(model, model.compute_dtype)
@@ -219,43 +191,37 @@ def rollout(
     chat = ChatFormat.of(tokenizer)
     pool = concurrent.futures.ThreadPoolExecutor(SLOW_AT_ONCE)
     try:
-        opened = [pool.submit(e.opening) if getattr(e, "slow", False) else None for e in episodes]
+        pools = [pool if getattr(episode, "slow", False) else None for episode in episodes]
+        opened = [slow and slow.submit(episode.opening) for slow, episode in zip(pools, episodes, strict=True)]
         conversations = [
-            _Conversation(episode, chat, max_new_tokens, max_context, cut, on_finish, opening)
-            for episode, opening in zip(episodes, opened, strict=True)
+            _Conversation(episode, chat, max_new_tokens, max_context, cut, on_finish, *slow)
+            for episode, *slow in zip(episodes, pools, opened, strict=True)
         ]
         active = [c for c in conversations if not c.finished]
         if active:
             play = _play_paged if engine == "paged" else _play_padded
             with autocast(model):
-                play(model, tokenizer, active, temperature, generator, pool)
+                play(model, tokenizer, active, temperature, generator)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return [c.trajectory for c in conversations]
 
 
-SLOW_AT_ONCE = 32  # conversations that wait for a server at the same time
-
-
-ENGINES = ("auto", "padded", "paged")
-
-
 def choose_engine(model, engine="auto") -> str:
-    """What "auto" stands for. Raises ValueError for an unknown engine, or one that the model's attention rules out."""
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
+    """Resolves "auto". Raises ValueError for an engine that is unknown or cannot use the model's attention."""
+    if engine not in get_args(Engine):
+        raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(get_args(Engine))}")
     if engine == "auto":
         engine = "paged" if torch.cuda.is_available() else "padded"
     attention = model.config._attn_implementation
-    if engine == "padded" and attention not in ("eager", "sdpa"):
-        raise ValueError(f"padded rollouts need the attention eager or sdpa, not {attention}")
-    if engine == "paged" and not (attention in ("eager", "sdpa") or "flash" in attention):
-        raise ValueError(f"paged rollouts need the attention eager, sdpa or a flash one, not {attention}")
+    if attention not in ("eager", "sdpa") and (engine == "padded" or "flash" not in attention):
+        flash = " or a flash one" if engine == "paged" else ""
+        raise ValueError(f"{engine} rollouts need the attention eager, sdpa{flash}, not {attention}")
     return engine
 
 
 def context_length(model, max_context=None) -> int:
-    """Tokens that a conversation may have. ValueError where that is more than the model allows."""
+    """Tokens that a conversation may have. Raises ValueError for more than the model allows."""
     limit = model.config.max_position_embeddings
     if (max_context or 0) > limit:
         raise ValueError(f"max_context must be at most the model's {limit} tokens, got {max_context}")
@@ -263,68 +229,114 @@ def context_length(model, max_context=None) -> int:
 
 
 def check_opening(model, tokenizer, episode, max_context=None, max_user_tokens=None, max_tool_tokens=None):
-    """Raises ValueError where an episode's opening leaves no room for a turn: better known at the start of a run."""
+    """Raises ValueError if an episode's opening leaves no room for a turn, so that a run fails early."""
     cut = {"tool": max_tool_tokens, "user": max_user_tokens}
-    _Conversation(episode, ChatFormat.of(tokenizer), 1, context_length(model, max_context), cut, None)
+    _Conversation(episode, ChatFormat.of(tokenizer), 1, context_length(model, max_context), cut)
 
 
-def _play_padded(model, tokenizer, active, temperature, generator, pool=None):
-    """All conversations sample one token per forward pass; those that have been answered read the answer first, in a
-    pass of their own. Equal prompts are read once."""
-    device = model.device
-    prompts = [tuple(c.trajectory.token_ids) for c in active]
-    distinct = sorted(set(prompts))
-    cache = _new_cache(model)
-    lengths = torch.zeros(len(distinct), dtype=torch.long, device=device)  # tokens in the cache
-    head = model.get_output_embeddings()
+def demonstration(tokenizer, episode, turns, max_user_tokens=None, max_tool_tokens=None) -> Trajectory:
+    """The trajectory of a policy that says `turns` (chat messages) in a fresh `episode`, for a warm start to imitate.
+    The action mask is True on these turns; log-probabilities are 0.0."""
+    limits = {"tool": max_tool_tokens, "user": max_user_tokens}
+    conversation = _Conversation(episode, ChatFormat.of(tokenizer), math.inf, math.inf, limits)
+    for k, turn in enumerate(turns):
+        conversation.trajectory.append(conversation.chat.turn(turn), turn=k)
+        conversation.read(episode.act(turn))
+        if episode.done:
+            break
+    conversation.finish(episode.termination)
+    return conversation.trajectory
 
-    def read(rows, texts):
-        """Feeds each row its next tokens; logits (rows, V) behind the last one."""
-        widths = torch.tensor([len(text) for text in texts], device=device)
-        ids = torch.zeros((len(texts), max(map(len, texts))), dtype=torch.long)
-        for i, text in enumerate(texts):
-            ids[i, : len(text)] = torch.tensor(text)
-        index = None if rows is None else torch.tensor(rows, device=device)
-        starts = lengths if rows is None else lengths[index]
-        positions = starts[:, None] + torch.arange(ids.shape[1], device=device)
+
+# ---------------------------------------------------------------------------------------------------- padded engine
+
+
+class RaggedLayer(DynamicLayer):
+    """Keys and values of conversations of different lengths. A forward pass of some `rows` writes to each of them from
+    its own `starts` on. transformers' DynamicLayer has one length for all rows and copies everything at every token;
+    here the room doubles when it is full."""
+
+    count = 0  # conversations
+    room = None  # (2, count, heads, tokens, head_dim)
+    rows = starts = None  # of the next forward pass: an index into the conversations, and (b,) tokens
+    end = 0  # tokens of the longest row after the next forward pass
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        _, heads, width, head_dim = key_states.shape
+        if self.room is None or self.room.shape[-2] < self.end:
+            size = (2, self.count, heads, max(256, 2 * self.end), head_dim)
+            old, self.room = self.room, value_states.new_zeros(size)
+            if old is not None:
+                self.room[:, :, :, : old.shape[-2]] = old
+        rows = torch.arange(self.count, device=self.starts.device)[self.rows]
+        columns = self.starts[:, None] + torch.arange(width, device=self.starts.device)
+        for half, states in zip(self.room, (key_states, value_states), strict=True):
+            half[rows[:, None], :, columns] = states.transpose(1, 2).to(half.dtype)
+        return tuple(self.room[:, self.rows, :, : self.end])
+
+    def get_seq_length(self):
+        return self.end
+
+    def select(self, rows):
+        self.room, self.count = self.room.index_select(1, rows), len(rows)
+
+
+class _Reader:
+    """Feeds texts to the model, each to the conversation (row) whose keys and values the cache holds."""
+
+    def __init__(self, model, count):
+        self.model, self.device = model, model.device
+        self.lengths = torch.zeros(count, dtype=torch.long, device=self.device)  # tokens in the cache
+        self.cache = DynamicCache(config=model.config)
+        self.cache.layers = [RaggedLayer() for _ in self.cache.layers]
+        for layer in self.cache.layers:
+            layer.count = count
+
+    def select(self, rows):
+        """Keeps these rows, in this order. A row may be kept several times."""
+        self.lengths = self.lengths[rows]
+        for layer in self.cache.layers:
+            layer.select(rows)
+
+    def read(self, texts, rows=slice(None)):
+        """The logits (rows, V) after the last token of each row's text."""
+        widths = torch.tensor([len(text) for text in texts], device=self.device)
+        ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True).to(self.device)
+        starts = self.lengths[rows]
+        positions = starts[:, None] + torch.arange(ids.shape[1], device=self.device)
         end = int(starts.max()) + ids.shape[1]
-        for layer in cache.layers:
-            layer.rows, layer.starts, layer.end = index, starts, end
-        seen = torch.arange(end, device=device) <= positions[:, :, None]  # and so never the padding behind a text
-        if model.config._attn_implementation == "eager":
-            seen = torch.where(seen, 0.0, torch.finfo(model.dtype).min)
-        hidden = model.get_decoder()(
-            input_ids=ids.to(device),
-            attention_mask=seen[:, None],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        logits = head(hidden[torch.arange(len(texts), device=device), widths - 1])
-        if rows is None:
-            lengths.add_(widths)
-        else:
-            lengths[index] += widths
-        return logits
+        for layer in self.cache.layers:
+            layer.rows, layer.starts, layer.end = rows, starts, end
+        seen = torch.arange(end, device=self.device) <= positions[:, :, None]  # never the padding after a text
+        if self.model.config._attn_implementation == "eager":
+            seen = torch.where(seen, 0.0, torch.finfo(self.model.dtype).min)
+        inputs = {"input_ids": ids, "attention_mask": seen[:, None], "position_ids": positions}
+        output = self.model.get_decoder()(**inputs, past_key_values=self.cache, use_cache=True)
+        last_hidden = output.last_hidden_state[torch.arange(len(texts), device=self.device), widths - 1]
+        self.lengths[rows] += widths
+        return self.model.get_output_embeddings()(last_hidden)
 
-    def read_long(rows, texts):
-        """The same in passes of 16k tokens."""
+    def read_long(self, texts, rows):
+        """The same, READ_TOKENS in a forward pass."""
         logits = {}
-        for part in micro_batches([len(text) for text in texts], 16384):
-            found = read([rows[i] for i in part], [texts[i] for i in part])
-            logits.update(zip(part, found, strict=True))
+        for part in micro_batches([len(text) for text in texts], READ_TOKENS):
+            index = torch.tensor([rows[i] for i in part], device=self.device)
+            logits.update(zip(part, self.read([texts[i] for i in part], index), strict=True))
         return torch.stack([logits[i] for i in range(len(texts))])
 
-    cache_rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=device)
-    for layer in cache.layers:
-        layer.count = len(distinct)
-    logits_BV = read_long(range(len(distinct)), distinct)[cache_rows]
-    for layer in cache.layers:
-        layer.select(cache_rows)
-    lengths = lengths[cache_rows]
-    rows = list(range(len(active)))  # whose logits these are
-    sampled = [[] for _ in active]  # of the turn in progress: (token, log-probability)
-    pending = [[] for _ in active]  # to be read before the next token
+
+def _play_padded(model, tokenizer, active, temperature, generator):
+    """Each forward pass samples one token in every conversation. Answers are read in passes of their own, and equal
+    openings once."""
+    openings = [tuple(c.trajectory.token_ids) for c in active]
+    distinct = sorted(set(openings))
+    reader = _Reader(model, len(distinct))
+    copies = torch.tensor([distinct.index(opening) for opening in openings], device=model.device)
+    logits_BV = reader.read_long(distinct, range(len(distinct)))[copies]
+    reader.select(copies)
+    rows = list(range(len(active)))  # the conversations that the logits belong to
+    sampled = [[] for _ in active]  # (token, log-probability) of the turn in progress
+    pending = [[] for _ in active]  # ids to read before the next token
     while True:
         if not logits_BV.isfinite().all():
             raise ValueError("the policy's logits are not finite; its weights have diverged, lower the learning rate")
@@ -340,146 +352,111 @@ def _play_padded(model, tokenizer, active, temperature, generator, pool=None):
             sampled[i].append((token, logprob))
             pending[i] = [token]
             if token in active[i].chat.stop_ids or len(sampled[i]) == active[i].room:
-                pending[i] += active[i].say(*map(list, zip(*sampled[i], strict=True)), pool)
+                pending[i] += active[i].say(*map(list, zip(*sampled[i], strict=True)))
                 sampled[i] = []
         _wait(active, pending)
-        kept = [i for i, c in enumerate(active) if not c.finished]
-        if not kept:
+        going = [i for i, c in enumerate(active) if not c.finished]
+        if not going:
             return
-        if len(kept) <= 0.8 * len(active):  # finished conversations leave the batch a fifth at a time
-            active, pending, sampled = ([column[i] for i in kept] for column in (active, pending, sampled))
-            index = torch.tensor(kept, device=device)
-            lengths = lengths[index]
-            for layer in cache.layers:
-                layer.select(index)
-        waiting = {i for i, c in enumerate(active) if c.answer is not None}
-        rows = [i for i, text in enumerate(pending) if len(text) > 1 and not active[i].finished and i not in waiting]
-        if rows:
-            logits_BV = read_long(rows, [pending[i] for i in rows])
-        elif waiting:
-            rows = [i for i, c in enumerate(active) if not c.finished and i not in waiting]
-            logits_BV = read(rows, [pending[i][:1] for i in rows])
-        else:
+        if len(going) <= 0.8 * len(active):  # copying the cache for each finished conversation would cost more
+            active, pending, sampled = ([column[i] for i in going] for column in (active, pending, sampled))
+            reader.select(torch.tensor(going, device=model.device))
+        ready = [i for i, c in enumerate(active) if not c.finished and c.answer is None]
+        answered = [i for i in ready if len(pending[i]) > 1]
+        if answered:
+            rows = answered
+            logits_BV = reader.read_long([pending[i] for i in rows], rows)
+        elif any(c.answer is not None for c in active):
+            rows = ready
+            logits_BV = reader.read([pending[i] for i in rows], torch.tensor(rows, device=model.device))
+        else:  # finished ones too, because picking rows copies their keys and values
             rows = list(range(len(active)))
-            logits_BV = read(None, [text[:1] for text in pending])
+            logits_BV = reader.read(pending)
 
 
 def _wait(active, pending):
-    """Takes the answers that have come; where every conversation waits for one, until one has."""
+    """Adds the answers that have come to `pending`. If every conversation waits for one, blocks until one comes."""
     while True:
-        going = False
-        for i, c in enumerate(active):
+        for c, ids in zip(active, pending, strict=True):
             if c.answer is not None and c.answer.done():
-                pending[i] += c.hear()
-            going = going or (c.answer is None and not c.finished)
+                ids += c.hear()
         futures = [c.answer for c in active if c.answer is not None]
-        if going or not futures:
+        if not futures or any(c.answer is None and not c.finished for c in active):
             return
         concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
 
 
-PAGE = 16  # tokens; what is not a whole page is read again when its conversation goes on
+# ----------------------------------------------------------------------------------------------------- paged engine
 
 
-def _play_paged(model, tokenizer, active, temperature, generator, pool=None):
-    """transformers' continuous batching: one manager, and so one cache, for this rollout and no longer. A conversation
-    goes on as soon as it is answered; what it shares with any other one so far, or with itself, is not read again."""
-    settings = GenerationConfig(
-        do_sample=temperature > 0,
-        temperature=temperature or None,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=active[0].max_new_tokens,
-        eos_token_id=sorted(active[0].chat.stop_ids),
-        pad_token_id=tokenizer.pad_token_id or 0,
-    )
-    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device)) if generator else None
-    sizes = {}
-    if model.device.type == "cpu":  # elsewhere they follow from the free memory
-        sizes = {"num_blocks": sum(-(-c.max_context // PAGE) for c in active), "max_batch_tokens": 2048}
+def _play_paged(model, tokenizer, active, temperature, generator):
+    """transformers' continuous batching, with one manager and so one cache for this rollout. A conversation goes on as
+    soon as it is answered. Its prefixes that the cache holds, its own or another conversation's, are not read again."""
+    sampling = {"do_sample": temperature > 0, "temperature": temperature or None, "top_k": 0, "top_p": 1.0}
+    ends = {"eos_token_id": sorted(active[0].chat.stop_ids), "pad_token_id": tokenizer.pad_token_id or 0}
+    generation = GenerationConfig(**sampling, **ends, max_new_tokens=active[0].max_new_tokens)
     known = ContinuousBatchingConfig.__dataclass_fields__
+    options = {"page_size" if "page_size" in known else "block_size": PAGE}  # block_size before transformers 5.18
     if "auto_switch_to_flash" in known:
-        sizes["auto_switch_to_flash"] = False  # the attention is the user's choice
-    sizes["page_size" if "page_size" in known else "block_size"] = PAGE  # its name before transformers 5.18
-    paging = ContinuousBatchingConfig(return_logprobs=True, seed=seed, **sizes)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # the library seeds the global generator
-        manager = model.init_continuous_batching(settings, paging)
+        options["auto_switch_to_flash"] = False  # the attention is the user's choice
+    if model.device.type == "cpu":  # elsewhere the free memory decides
+        options.update(num_blocks=sum(-(-c.max_context // PAGE) for c in active), max_batch_tokens=2048)
+    if generator is not None:
+        options["seed"] = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    paging = ContinuousBatchingConfig(return_logprobs=True, **options)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):  # the library seeds torch
+        manager = model.init_continuous_batching(generation, paging)
         manager.start()
         try:
             _read_shared_prefixes(manager, active)
-            sampling = set(range(len(active)))  # of whom the manager has a request
-            going_on = list(sampling)
+            requested = set()  # conversations whose turn the manager samples
             while not all(c.finished for c in active):
-                for i in going_on:
-                    manager.add_request(active[i].trajectory.token_ids, str(i), max_new_tokens=active[i].room)
-                asked = {c.answer: i for i, c in enumerate(active) if c.answer is not None}
-                answered = []
-                if not sampling:
-                    concurrent.futures.wait(asked, return_when=concurrent.futures.FIRST_COMPLETED)
-                elif (result := _next_result(manager, patient=not asked)) is not None:
+                for i, c in enumerate(active):
+                    if c.answer is not None and c.answer.done():
+                        c.hear()
+                    if c.answer is None and not c.finished and i not in requested:
+                        manager.add_request(c.trajectory.token_ids, str(i), max_new_tokens=c.room)
+                        requested.add(i)
+                futures = [c.answer for c in active if c.answer is not None]
+                if not requested:
+                    concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+                elif (result := _next_result(manager, patient=not futures)) is not None:
                     i = int(result.request_id)
-                    sampling.remove(i)
-                    active[i].say(result.generated_tokens, result.logprobs, pool)
-                    answered += [i] if active[i].answer is None else []
-                for answer, i in asked.items():
-                    if answer.done():
-                        active[i].hear()
-                        answered.append(i)
-                going_on = [i for i in answered if not active[i].finished]
-                sampling.update(going_on)
+                    requested.remove(i)
+                    active[i].say(result.generated_tokens, result.logprobs)
         finally:
             manager.stop(block=True, hard_stop=True)
 
 
 def _read_shared_prefixes(manager, active):
-    """Conversations that start together would each read the prompt that they share: it is read once before, first what
-    all of one domain share (its policy and tools), then what the samples of one task do."""
-    by_domain, by_prompt = {}, Counter(tuple(c.trajectory.token_ids) for c in active)
-    for c in active:
-        by_domain.setdefault(c.episode.domain, []).append(c.trajectory.token_ids)
-    policies = [_common_prefix(min(p), max(p)) for p in by_domain.values() if min(p) != max(p)]
-    samples = [list(prompt) for prompt, count in by_prompt.items() if count > 1]
-    for prefixes in (policies, samples):
+    """Reads what several openings share before they start, because those that start together would each read it: first
+    the prefix of a domain (its policy and tools), then the openings that several samples of a task have."""
+    samples = Counter((c.episode.domain, tuple(c.trajectory.token_ids)) for c in active)
+    by_domain = {}
+    for domain, opening in samples:
+        by_domain.setdefault(domain, []).append(opening)
+    of_domains = [_common_prefix(openings) for openings in by_domain.values() if len(openings) > 1]
+    of_tasks = [list(opening) for (_, opening), count in samples.items() if count > 1]
+    for prefixes in (of_domains, of_tasks):
         prefixes = [prefix for prefix in prefixes if len(prefix) >= PAGE]
-        for i, prefix in enumerate(prefixes):  # two tokens: the cache forgets what a request's last step completed
+        for i, prefix in enumerate(prefixes):  # two tokens, because the cache forgets a request's last step
             manager.add_request(prefix, f"prefix {i}", max_new_tokens=2, eos_token_id=-1)
         for _ in prefixes:
             _next_result(manager)
 
 
-def _common_prefix(a, b):
-    """Of the least and the greatest of some lists, it is the common prefix of all."""
-    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))]
+def _common_prefix(lists):
+    columns = zip(*lists, strict=False)
+    return [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
 def _next_result(manager, patient=True):
-    """A finished request; impatiently None if there is none soon."""
-    result = None
-    while result is None:
-        result = manager.get_result(timeout=1.0 if patient else 0.02)
-        if result is None and not manager.is_running():
+    """A finished request. If not `patient`, None when there is none within 20 ms."""
+    while (result := manager.get_result(timeout=1.0 if patient else 0.02)) is None:
+        if not manager.is_running():
             raise RuntimeError(f"continuous batching stopped: {manager.background_thread_status.fatal_error}")
-        if result is None and not patient:
+        if not patient:
             return None
     if result.error is not None:
         raise ValueError(f"paged rollouts failed: {result.error}; take fewer conversations at once, or engine padded")
     return result
-
-
-def demonstration(tokenizer, episode, turns, max_user_tokens=None, max_tool_tokens=None) -> Trajectory:
-    """The trajectory of a policy that says `turns` (chat messages) in a fresh `episode`: what a warm start imitates.
-    The action mask is True on what the policy says; log-probabilities are 0.0."""
-    chat = ChatFormat.of(tokenizer)
-    limits = {"tool": max_tool_tokens, "user": max_user_tokens}
-    opening = [chat.cut(message, limits.get(message["role"])) for message in episode.opening()]
-    trajectory = Trajectory(episode.domain, str(episode.task.id))
-    trajectory.append(chat.opening(episode.system, opening, episode.tools))
-    for k, turn in enumerate(turns):
-        trajectory.append(chat.turn(turn), turn=k)
-        answers = episode.act(turn)
-        if episode.done:
-            break
-        trajectory.append(chat.answer([chat.cut(message, limits.get(message["role"])) for message in answers]))
-    trajectory.messages, trajectory.termination = episode.messages, episode.termination
-    return trajectory

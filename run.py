@@ -164,14 +164,16 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
         return model, tokenizer
 
     tiny_lora = not folder and args.model_name_or_path == "tiny" and args.lora_rank > 0
-    initial = None if args.lora_rank else policy.snapshot(load(args.model_name_or_path)[0])
+    initial = policy.snapshot(load(args.model_name_or_path)[0]) if folder and not args.lora_rank else None
     model, tokenizer = load(folder or args.model_name_or_path, 0 if tiny_lora else args.lora_rank)
+    if not folder and not args.lora_rank:
+        initial = policy.snapshot(model)
     limits = (args.max_context, args.max_user_tokens, args.max_tool_tokens)
     rollout.choose_engine(model, args.rollout_engine)
     for domain, task in [(d, t) for found in (tasks, eval_tasks) for d, ts in found.items() for t in ts]:
         episode = oracle.Episode(domain, task, users.scripted_like(args.user), args.max_turns)
         rollout.check_opening(model, tokenizer, episode, *limits)
-    if not args.resume:
+    if config is None:
         run = new_run(args, tasks, eval_tasks)
     if tiny_lora:  # an adapter's directory names its base, which must be a directory, too
         weights = policy.gathered_weights(model)
@@ -439,6 +441,7 @@ def step_metrics(trainer: Trainer, records, clock) -> dict:
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "skipped_in_a_row": trainer.state["skipped_in_a_row"],
         "tokens_per_second": sum(r["tokens"] for r in records) / clock["rollout_seconds"],
+        **({"replayed_conversations": len(trainer.replayed)} if trainer.replayed else {}),
         **clock,
     }
 

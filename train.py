@@ -12,6 +12,7 @@ step's loss is divided by counts over all ranks: the gradient does not depend on
 """
 
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -185,6 +186,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
     stop = checkpoint.StopSignal()
     plan = schedule(args, trainer.stages)
     tasks = {TaskRef(d, task.id): task for d in args.task_order for task in trainer.tasks[d]}
+    gold = functools.cache(lambda ref: demonstration(args, tokenizer, ref.domain, tasks[ref]))
     if args.model_name_or_path == "tiny":
         changed = [f"{name} {value}" for name, value in TINY.items() if getattr(args, name) == value]
         say(f"settings of the embedded policy: {', '.join(changed)}")
@@ -210,7 +212,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
 
             if phase == "warmup":  # imitates gold demonstrations in place of conversations
                 conversations = len(refs_P)
-                trained = [demonstration(args, tokenizer, ref.domain, tasks[ref]) for ref in mine_P]
+                trained = [gold(ref) for ref in mine_P]
             else:
                 # 2. Conversations: each rank plays G of every ranks-th task.
                 conversations = len(refs_P) * G
@@ -418,8 +420,7 @@ def scheduled_rate(args, step) -> float:
 
 
 def reset_momentum(optimizer):
-    """Keep Adam's second moments between phases; reset momentum, which belongs to the old loss. (With new second
-    moments the first steps would move every weight by the full rate, whatever its gradient.)"""
+    """Keep Adam's second moments between phases; reset momentum, which belongs to the old loss."""
     for moments in optimizer.state.values():
         moments["exp_avg"].zero_()
 
@@ -428,34 +429,26 @@ def reset_momentum(optimizer):
 
 
 def main():
-    code = 0
+    code, text = 0, ""
     try:
         train(parse_args())
     except checkpoint.Interrupted as stop:
-        code = 128 + stop.args[0]
-        say_error("\nsaved; continue with --resume", rank_0_only=True)
+        code, text = 128 + stop.args[0], "\nsaved; continue with --resume"
     except KeyboardInterrupt:
-        code = 130
-        say_error("\nstopped at once; --resume continues a run from its last checkpoint", rank_0_only=True)
+        code, text = 130, "\nstopped at once; --resume continues a run from its last checkpoint"
     except (ValueError, OSError, StopRun) as error:
-        code = 2
-        say_error(f"train.py: {distributed.one_line(error)}")
+        code, text = 2, f"train.py: {distributed.one_line(error)}"
     except Exception as error:
-        code = 1
         # The other ranks raise this when one is gone; the cause is that one's, which has shown it.
         lost = isinstance(error, dist.DistBackendError) or "gloo/transport" in str(error)
-        say_error("train.py: lost the connection to another rank" if lost else traceback.format_exc())
+        code, text = 1, "train.py: lost the connection to another rank" if lost else traceback.format_exc()
+    if text and (code < 128 or distributed.rank() == 0):
+        tqdm.write((f"[rank {distributed.rank()}] " if distributed.rank() > 0 else "") + text, file=sys.stderr)
     if code and distributed.world_size() > 1:
         os._exit(code)  # without waiting for the others in a destructor: torchrun stops them then
     if dist.is_initialized():
         dist.destroy_process_group()
     raise SystemExit(code)
-
-
-def say_error(text, rank_0_only=False):
-    where = f"[rank {distributed.rank()}] " if distributed.rank() > 0 else ""
-    if not where or not rank_0_only:
-        tqdm.write(f"{where}{text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

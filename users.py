@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from environment import checked_call  # sets what tau2 reads when it is imported
+from environment import checked_call, parse_arguments  # sets what tau2 reads when it is imported
 
 # isort: split
 from tau2.data_model.message import MultiToolMessage, ToolCall, UserMessage
@@ -41,18 +41,13 @@ _FIRST_PERSON = [
 
 
 def first_person(text: str) -> str:
-    """Instructions to "you" as the user's own words.
+    """Instructions to "you" as the user's own words: "You want to return your lamp." -> "I want to return my lamp." """
 
-    >>> first_person("You want to return your lamp.")
-    'I want to return my lamp.'
-    """
-    for pattern, replacement in _FIRST_PERSON:
+    def like(told, said):
+        return said[0].upper() + said[1:] if told[0].isupper() else said
 
-        def match_case(match, replacement=replacement):
-            words = match.expand(replacement)
-            return words[0].upper() + words[1:] if match.group(0)[0].isupper() else words
-
-        text = re.sub(pattern, match_case, text, flags=re.IGNORECASE)
+    for pattern, words in _FIRST_PERSON:
+        text = re.sub(pattern, lambda m, words=words: like(m[0], m.expand(words)), text, flags=re.IGNORECASE)
     return " ".join(text.split())
 
 
@@ -108,7 +103,7 @@ class ScriptedUser:
             arguments, rest = {}, text[match.end() :].lstrip()
             if rest.startswith("{"):
                 try:
-                    arguments, _ = json.JSONDecoder().raw_decode(rest)
+                    arguments = parse_arguments(json.JSONDecoder().raw_decode(rest)[0])
                 except (ValueError, RecursionError):
                     continue
             calls.append(ToolCall(id="", name=match.group(1), arguments=arguments, requestor="user"))
@@ -296,22 +291,16 @@ def check(user):
 
 
 def prepare(user, api_base=None, temperature=0.0, model_dtype="bfloat16", device="cpu", **llm_args):
-    """Makes the user that `user` names ready for episodes: loads the policy of policy:PATH, registers the model of a
-    litellm name. `api_base` and `llm_args` (litellm's, such as seed) are for the latter. ValueError for any other name
-    that is not in USERS."""
+    """Makes the user that `user` names ready for episodes: registers the model of a litellm name, loads the policy of
+    policy:PATH. `api_base` (of an OpenAI-compatible server) and `llm_args` (litellm's: seed, timeout, api_key, ...) are
+    for the former. Raises ValueError, see `check`."""
     check(user)
     if user.startswith("policy:"):
         server = PolicyServer(user.removeprefix("policy:"), model_dtype, device, temperature)
         USERS[user] = functools.partial(LocalUser, server=server)
     elif is_simulated(user):
-        use_model_as_user(user, api_base, temperature=temperature, **llm_args)
-
-
-def use_model_as_user(llm, api_base=None, **llm_args):
-    """Registers a language model as a user, by its litellm name (openai/NAME for any OpenAI-compatible server at
-    `api_base`). `llm_args`: litellm's, such as temperature, seed, timeout, api_key."""
-    llm_args = {"timeout": 120, "num_retries": 0, **served_at(api_base), **llm_args}
-    USERS[llm] = functools.partial(SimulatedUser, llm=llm, **llm_args)
+        llm_args = {"timeout": 120, "num_retries": 0, "temperature": temperature, **served_at(api_base), **llm_args}
+        USERS[user] = functools.partial(SimulatedUser, llm=user, **llm_args)
 
 
 def served_at(api_base) -> dict:

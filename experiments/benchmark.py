@@ -14,6 +14,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from timeit import timeit
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
@@ -38,8 +39,9 @@ from replay import Buffer, add, brs_slot, labrs_slot, lars_slot
 
 STATUS = Path("/proc/self/status")  # of Linux
 ACTION_SHARE = 0.25  # of the update's tokens
-PEAK_TFLOPS = 989  # of an H100 or H200 in bfloat16
-SHAPES = {  # of Qwen2.5: width, width of the MLP, layers, heads, key-value heads, vocabulary
+ORACLE_TASKS = 10  # per domain
+SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
+SHAPES = {  # of Qwen2.5, in the order of SIZES
     "tiny": (128, 384, 4, 4, 2, 2048),
     "0.5b": (896, 4864, 24, 14, 2, 151936),
     "1.5b": (1536, 8960, 28, 12, 2, 151936),
@@ -79,9 +81,6 @@ class Args:
     """time offers to replay buffers instead"""
 
 
-# ---------------------------------------------------------------------------------------------- rollouts and updates
-
-
 class TimedEpisode:
     """A conversation of fixed length: a long shared prompt, a short task, and an answer to every turn but the last."""
 
@@ -107,26 +106,20 @@ class TimedEpisode:
         return [] if self.done else [{"role": "tool", "content": self.text(self.args.tool_tokens, self.words)}]
 
 
-def play_generate(model, tokenizer, active):
+def play_generate(model, tokenizer, episodes, max_new_tokens, max_context):
     """The plain way: `model.generate` once per turn on all conversations, which reads them from the start each time."""
-    while active:
+    chat, cut = ChatFormat.of(tokenizer), {"tool": None, "user": None}
+    started = [rollout._Conversation(e, chat, max_new_tokens, max_context, cut, None) for e in episodes]
+    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": max_new_tokens, "eos_token_id": sorted(chat.stop_ids)}
+    while active := [c for c in started if not c.finished]:
         prompts = [{"input_ids": c.trajectory.token_ids} for c in active]
         batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
-        width = batch.input_ids.shape[1]
-        said = model.generate(
-            **batch,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=active[0].max_new_tokens,
-            eos_token_id=sorted(active[0].chat.stop_ids),
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for c, ids in zip(active, said[:, width:].tolist(), strict=True):
-            stop = next((i + 1 for i, token in enumerate(ids) if token in c.chat.stop_ids), len(ids))
+        with torch.no_grad(), autocast(model):
+            texts = model.generate(**batch, **settings, pad_token_id=tokenizer.pad_token_id)
+        for c, ids in zip(active, texts[:, batch.input_ids.shape[1] :].tolist(), strict=True):
+            stop = next((i + 1 for i, token in enumerate(ids) if token in chat.stop_ids), len(ids))
             c.say(ids[:stop], [0.0] * stop)
-        active = [c for c in active if not c.finished]
+    return [c.trajectory for c in started]
 
 
 def memory(device, peak=False) -> int:
@@ -171,16 +164,12 @@ def time_rollouts(args, model, tokenizer):
     def play(how):
         computed.clear()
         episodes = [TimedEpisode(n, args, tokenizer) for n in range(args.tasks) for _ in range(args.samples)]
-        generator = torch.Generator(model.device).manual_seed(0)
-        if how != "generate":
-            limits = {"max_new_tokens": args.new_tokens, "max_context": length}
-            played = rollout.rollout(model, tokenizer, episodes, **limits, generator=generator, engine=how)
+        limits = {"max_new_tokens": args.new_tokens, "max_context": length}
+        if how == "generate":
+            played = play_generate(model, tokenizer, episodes, **limits)
         else:
-            chat, cut = ChatFormat.of(tokenizer), {"tool": None, "user": None}
-            started = [rollout._Conversation(e, chat, args.new_tokens, length, cut, None) for e in episodes]
-            with torch.no_grad(), autocast(model):
-                play_generate(model, tokenizer, started)
-            played = [c.trajectory for c in started]
+            generator = torch.Generator(model.device).manual_seed(0)
+            played = rollout.rollout(model, tokenizer, episodes, **limits, generator=generator, engine=how)
         # A token counts once for all conversations that are equal up to it.
         hashes = [itertools.accumulate(t.token_ids, lambda *pair: hash(pair), initial=0) for t in played]
         distinct = len(set(itertools.chain(*hashes))) - 1
@@ -227,12 +216,6 @@ def time_update(args, model):
     for name, (seconds, peak, norm) in measured.items():
         speed = f"{args.update_tokens / seconds:.0f} | {base / seconds:.2f}"
         print(f"| {name} | {seconds:.2f} | {speed} | {peak / 1e9:.2f} | {norm:.5f} |")
-    if model.device.type == "cuda":
-        layers, config = sum(p.numel() for p in model.get_decoder().layers.parameters()), model.config
-        flops = 6 * args.update_tokens * (layers + config.hidden_size * config.vocab_size * ACTION_SHARE)
-        flops += 6 * config.num_hidden_layers * args.update_tokens**2 * config.hidden_size  # causal attention
-        share = flops / measured["token_logprobs"][0] / (PEAK_TFLOPS * 1e12)
-        print(f"\nmodel FLOP utilisation of the update: {share:.1%} of {PEAK_TFLOPS} TFLOP/s")
 
 
 def time_policy(args):
@@ -240,20 +223,11 @@ def time_policy(args):
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     torch.manual_seed(0)
     _, tokenizer = load_policy("tiny", "float32", "cpu")
-    width, mlp, layers, heads, kv_heads, vocabulary = SHAPES[args.shape]
-    config = Qwen2Config(
-        vocab_size=max(vocabulary, len(tokenizer)),
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=args.layers or layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=2**17,
-        tie_word_embeddings=args.shape != "7b",
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = dict(zip(SIZES.split(), SHAPES[args.shape], strict=True))
+    sizes["vocab_size"] = max(sizes["vocab_size"], len(tokenizer))
+    sizes["num_hidden_layers"] = args.layers or sizes["num_hidden_layers"]
+    tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen2Config(**sizes, **tokens, max_position_embeddings=2**17, tie_word_embeddings=args.shape != "7b")
     with device:
         model = AutoModelForCausalLM.from_config(config).eval()
     model.compute_dtype = DTYPES[dtype]
@@ -267,16 +241,6 @@ def time_policy(args):
     time_update(args, model)
 
 
-# ----------------------------------------------------------------------------------------------- oracle and buffers
-
-
-def seconds_of(function, repeats=1):
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    return (time.perf_counter() - start) / repeats
-
-
 def time_oracle(args):
     """Prints median milliseconds per environment and per reward, tau2's against ours, on the same conversations."""
     import oracle
@@ -285,7 +249,7 @@ def time_oracle(args):
     print(f"{'':8s} {'environment':>24s} {'ratio':>6s}   {'reward':>24s} {'ratio':>6s}   (median ms, tau2 / ours)")
     for domain in oracle.DOMAINS:
         tasks = oracle.load_tasks(domain, "base")
-        tasks = tasks[:: max(1, len(tasks) // 10)][:10]
+        tasks = tasks[:: max(1, len(tasks) // ORACLE_TASKS)][:ORACLE_TASKS]
         build, times = registry.get_env_constructor(domain), []
         for task in tasks:
             episode = oracle.demonstrate(domain, task)
@@ -296,36 +260,28 @@ def time_oracle(args):
                 (partial(oracle.tau2_score, episode), 1),
                 (partial(oracle.score, episode), 5),
             )
-            times.append([seconds_of(*way) for way in ways])
-        a, b, c, d = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
+            times.append([1e3 * timeit(way, number=repeats) / repeats for way, repeats in ways])
+        a, b, c, d = (statistics.median(column) for column in zip(*times, strict=True))
         print(f"{domain:8s} {a:14.1f} / {b:7.2f} {a / b:5.0f}x   {c:14.1f} / {d:7.2f} {c / d:5.0f}x")
 
 
-def time_buffers(capacity=1000):
-    """Prints the offers per second to a full reservoir, and of each policy's choice of a slot."""
+def time_buffers(args, capacity=1000):
+    """Prints how often per second a full buffer chooses the slot of an accepted item, and takes any offer."""
     rng = np.random.default_rng(0)
     buffer = Buffer(capacity)
     for item in range(capacity):
         add(buffer, item, label=int(rng.integers(10)), loss=rng.random(), rng=rng)
     ways = {
-        "reservoir, offers": lambda: add(buffer, 0, label=0, rng=rng),
-        "brs, accepted offers": lambda: brs_slot(buffer.labels, rng),
-        "lars, accepted offers": lambda: lars_slot(buffer.losses, rng),
-        "labrs, accepted offers": lambda: labrs_slot(buffer.losses, buffer.labels, rng),
+        "slots by brs": lambda: brs_slot(buffer.labels, rng),
+        "slots by lars": lambda: lars_slot(buffer.losses, rng),
+        "slots by labrs": lambda: labrs_slot(buffer.losses, buffer.labels, rng),
+        "offers to a reservoir": lambda: add(buffer, 0, rng=rng),
     }
     for name, way in ways.items():
-        print(f"{name}: {1 / seconds_of(way, 20_000):.0f} per second, buffer of {capacity}")
-
-
-def main():
-    args = parse(Args)
-    if args.oracle:
-        time_oracle(args)
-    elif args.buffers:
-        time_buffers()
-    else:
-        time_policy(args)
+        print(f"{name}: {20_000 / timeit(way, number=20_000):.0f} per second, {capacity} items")
 
 
 if __name__ == "__main__":
-    main()
+    args = parse(Args)
+    benchmark = time_oracle if args.oracle else time_buffers if args.buffers else time_policy
+    benchmark(args)

@@ -4,13 +4,12 @@
     python experiments/channels.py --laws                what each buffer policy keeps of a stream
 
 An LSTM learns three scenarios of 3GPP TR 38.901, one after the other.
-Data flow: generate_channels -> channel_windows -> run_arm, one process at a time for each core -> tables, pictures.
+Data flow: generate_channels -> channel_windows -> run_arm for each arm and seed, in processes -> tables, pictures.
 """
 
 import math
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +21,6 @@ import pydantic
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
-from tqdm import tqdm
 
 from distributed import CHECKED
 from experiments import runner
@@ -55,6 +53,7 @@ RX, TX = 2, 8  # antennas
 TEST_SHARE = 0.2  # of the users
 SNRS = (0, 5, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)  # dB
 MAX_GRAD_NORM = 1.0
+FISHER_SAMPLES = 256  # windows per scenario that the Fisher information is estimated from
 TRAINING_SNR = (0.0, 30.0)  # dB, uniform
 
 # The buffer policy of each arm.
@@ -72,12 +71,10 @@ class Args(runner.Flags):
     """directory for results, tables and pictures. Finished jobs there are not run again"""
     arms: Several[Literal[ARMS]] = field(default_factory=lambda: list(ARMS))
     """what to compare; "only ..." trains on that scenario alone"""
-    model: Literal["lstm", "gru", "transformer"] = "lstm"
-    """network"""
     hidden: PositiveInt = 64
     """units per layer"""
     layers: PositiveInt = 3
-    """layers of the model"""
+    """layers of the LSTM"""
     users: Annotated[int, Field(ge=5)] = 256
     """users per scenario; a fifth of them is for testing"""
     past: PositiveInt = 8
@@ -89,9 +86,9 @@ class Args(runner.Flags):
     capacity: PositiveInt = 500
     """windows that a buffer holds"""
     learning_rate: PositiveFloat = 5e-3
-    """of Adam, at the start"""
+    """learning rate of Adam at the start"""
     final_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """the rate falls exponentially, window by window, to this share of it at the end"""
+    """the rate falls exponentially, window by window, to this share of learning_rate at the end"""
     distill_coef: NonNegativeFloat = 1.0
     """lars_distill: weight of the NMSE to the predictions of the previous scenario's model on old windows"""
     ewc_lambda: NonNegativeFloat = 100.0
@@ -100,8 +97,6 @@ class Args(runner.Flags):
     """er_plus: weight of EWC's penalty beside replay"""
     ewc_decay: Share = 0.95
     """online_ewc: decay of the running Fisher information"""
-    fisher_samples: PositiveInt = 256
-    """ewc, online_ewc, er_plus: windows per scenario that the Fisher information is estimated from"""
     lwf_coef: NonNegativeFloat = 0.1
     """lwf, er_plus: weight of the NMSE to the predictions of the previous scenario's model on new windows"""
     eval_snr: float = 20.0
@@ -109,17 +104,10 @@ class Args(runner.Flags):
     laws: bool = False
     """show what each buffer policy keeps of a stream, and stop"""
 
-    def __post_init__(self):
-        if self.model == "transformer" and self.hidden % 4:
-            raise ValueError(f"hidden must be a multiple of the transformer's 4 heads, got {self.hidden}")
-
-
-# --------------------------------------------------------------------------------------------------------- the data
-
 
 def generate_channels(scenario: Scenario, users, steps, seed) -> np.ndarray:
-    """Clean downlink channels of users on straight ways, complex (users, steps, RESOURCE_BLOCKS, RX * TX), each user's
-    of mean power 1: the UMi model of 3GPP TR 38.901 by sionna, with uniform linear arrays at both ends."""
+    """Noise-free downlink channels of users moving straight on, complex (users, steps, RESOURCE_BLOCKS, RX * TX), each
+    of mean power 1. The model is UMi of 3GPP TR 38.901, by sionna; both ends have uniform linear arrays."""
     import sionna.phy
     from sionna.phy.channel import cir_to_ofdm_channel
     from sionna.phy.channel.tr38901 import PanelArray, UMi
@@ -188,8 +176,8 @@ def channel_windows(args: Args, seed) -> dict[str, tuple]:
 
 
 def augment(windows, generator, snr=None):
-    """(noisy past channels, clean next one) of clean windows: one random phase per window, and white noise at `snr` dB,
-    by default uniform over TRAINING_SNR. Both are drawn anew at each use (independent buffer augmentation)."""
+    """(noisy past channels, clean next one) of clean windows. Each window gets a random phase and white noise at `snr`
+    dB (default: uniform over TRAINING_SNR). Both are drawn anew at each use: independent buffer augmentation."""
     n = len(windows)
     low, high = TRAINING_SNR if snr is None else (snr, snr)
     snrs = low + (high - low) * torch.rand(n, 1, 1, generator=generator)
@@ -199,29 +187,17 @@ def augment(windows, generator, snr=None):
     return windows[:, :-1] + noise * (power * 10 ** (-snrs / 10)).sqrt(), windows[:, -1]
 
 
-# ---------------------------------------------------------------------------------------------------------- the arms
-
-
 class ChannelPredictor(nn.Module):
     """The next channel from noisy past ones: complex (B, past, antennas) -> (B, antennas)."""
 
-    def __init__(self, kind="lstm", hidden=64, layers=3, past=8, antennas=RX * TX):
+    def __init__(self, hidden=64, layers=3, antennas=RX * TX):
         super().__init__()
-        self.attends = kind == "transformer"
-        if self.attends:
-            self.enter = nn.Linear(2 * antennas, hidden)
-            self.position = nn.Parameter(0.02 * torch.randn(past, hidden))
-            layer = nn.TransformerEncoderLayer(hidden, 4, 4 * hidden, 0.0, batch_first=True, norm_first=True)
-            self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        else:
-            recurrent = {"lstm": nn.LSTM, "gru": nn.GRU}[kind]
-            self.body = recurrent(2 * antennas, hidden, layers, batch_first=True)
+        self.body = nn.LSTM(2 * antennas, hidden, layers, batch_first=True)
         self.head = nn.Linear(hidden, 2 * antennas)
 
     def forward(self, noisy):
-        x = torch.view_as_real(noisy).flatten(-2)
-        x = self.body(self.enter(x) + self.position) if self.attends else self.body(x)[0]
-        return torch.view_as_complex(self.head(x[:, -1]).unflatten(-1, (-1, 2)).contiguous())
+        states = self.body(torch.view_as_real(noisy).flatten(-2))[0]
+        return torch.view_as_complex(self.head(states[:, -1]).unflatten(-1, (-1, 2)).contiguous())
 
 
 def nmse(predicted, target):
@@ -246,7 +222,7 @@ def run_arm(args: Args, arm, seed) -> dict:
     windows = channel_windows(args, seed)
     torch.manual_seed(seed)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    model = ChannelPredictor(args.model, args.hidden, args.layers, args.past).to(device)
+    model = ChannelPredictor(args.hidden, args.layers).to(device)
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate)
     stages = [arm.removeprefix("only ")] if arm.startswith("only ") else list(SCENARIOS)
     policy, penalty, teacher, seen = BUFFERS.get(arm), of_arm(arm, args), None, 0
@@ -260,20 +236,10 @@ def run_arm(args: Args, arm, seed) -> dict:
         return [measure_nmse(model, test, snr) for _, test in windows.values()]
 
     def difficulty(items):
-        """The losses that a buffer goes by, at one SNR, so that the draw of the noise does not decide."""
+        """Losses for the buffer, all at one SNR: otherwise the draw of the noise would decide."""
         noisy, target = augment(items, generator, sum(TRAINING_SNR) / 2)
         with torch.no_grad():
             return nmse(model(noisy.to(device)), target.to(device)).tolist()
-
-    def distillation(noisy, predicted, new, old):
-        """NMSE to the teacher's predictions on old windows (lars_distill) or on new ones (lwf, er_plus)."""
-        rows = old if arm == "lars_distill" else list(range(new))
-        if teacher is None or not rows:
-            return 0.0
-        with torch.no_grad():
-            taught = teacher(noisy[rows])
-        weight = args.distill_coef / len(noisy) if arm == "lars_distill" else args.lwf_coef / new
-        return weight * nmse(predicted[rows], taught).sum()
 
     def learn(new, stage):
         nonlocal seen
@@ -285,8 +251,11 @@ def run_arm(args: Args, arm, seed) -> dict:
         loss = nmse(predicted, target).mean()
         if penalty and stage > 0:
             loss = loss + sum(penalty.penalty(dict(model.named_parameters())))
-        earlier = [len(new) + k for k, i in enumerate(drawn) if buffer.labels[i] < stage]
-        loss = loss + distillation(noisy, predicted, len(new), earlier)
+        if teacher is not None:  # on windows of earlier scenarios (lars_distill), or on the new ones
+            earlier = [len(new) + k for k, i in enumerate(drawn) if buffer.labels[i] < stage]
+            rows = earlier if arm == "lars_distill" else list(range(len(new)))
+            weight = args.distill_coef / len(noisy) if arm == "lars_distill" else args.lwf_coef / len(new)
+            loss = loss + weight * nmse(predicted[rows], teacher(noisy[rows])).sum()
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * decay**seen
         seen += len(new)
@@ -311,33 +280,27 @@ def run_arm(args: Args, arm, seed) -> dict:
             curve.append(measure(args.eval_snr))
         if penalty:
             apart = torch.Generator().manual_seed(seed)  # so that all arms draw the same batches and noise
-            some = train[torch.randperm(len(train), generator=apart)[: args.fisher_samples]]
+            some = train[torch.randperm(len(train), generator=apart)[:FISHER_SAMPLES]]
             noisy, target = (part.to(device) for part in augment(some, apart))
             batches = zip(noisy.split(1), target.split(1), strict=True)
             penalty.consolidate(model, batches, lambda model, batch: nmse(model(batch[0]), batch[1]))
         if arm in ("lars_distill", "lwf", "er_plus"):
             teacher = frozen(model)
     snr = dict(zip(SCENARIOS, zip(*[measure(value) for value in SNRS], strict=True), strict=True))
-    kept = sum(window.nbytes for window in buffer.items) + (penalty.bytes_kept() if penalty else 0)
-    kept += sum(p.nbytes for p in teacher.parameters()) if teacher is not None else 0
-    if arm == "joint":
-        kept = sum(windows[s][0].nbytes for s in stages)
+    kept = [windows[s][0] for s in stages] if arm == "joint" else buffer.items
+    bytes_kept = sum(window.nbytes for window in kept) + runner.size(teacher) + (penalty.bytes_kept() if penalty else 0)
     seconds = time.perf_counter() - start
-    return {"arm": arm, "seed": seed, "seconds": seconds, "curve": curve, "snr": snr, "bytes_kept": kept}
-
-
-# ------------------------------------------------------------------------------------------------ tables and pictures
+    return {"arm": arm, "seed": seed, "seconds": seconds, "curve": curve, "snr": snr, "bytes_kept": bytes_kept}
 
 
 def run_experiment(args: Args):
-    """All arms and seeds, then tables and pictures. With --laws, `show_laws` alone."""
+    """Runs all arms and seeds, then writes tables and pictures; with --laws, only calls `show_laws`."""
     if args.laws:
         show_laws()
         return
 
     def make_channels(todo):
-        for seed in tqdm(sorted({seed for _, seed in todo}), desc="channels", leave=False):
-            channel_windows(args, seed)
+        return [channel_windows(args, seed) for seed in sorted({seed for _, seed in todo})]
 
     jobs = [(arm, seed) for seed in args.seeds for arm in args.arms]
     found = runner.run_jobs(args, run_arm, jobs, make_channels)
@@ -347,8 +310,8 @@ def run_experiment(args: Args):
 
 
 def final_row(args: Args, result) -> dict:
-    """A row of table.csv: the NMSE at the end, and by how many dB it has risen on each scenario but the last since the
-    model had just learnt it. Arms that do not learn one scenario after another have no such columns."""
+    """A row of table.csv: the NMSE at the end, and forgetting, the rise in dB since the scenario's own last epoch. Arms
+    that do not learn one scenario after another have no forgetting."""
     curve = result["curve"]
     row = {"arm": result["arm"], "seed": result["seed"], **dict(zip(SCENARIOS, curve[-1], strict=True))}
     row["mean"] = np.mean(curve[-1])
@@ -359,13 +322,10 @@ def final_row(args: Args, result) -> dict:
 
 def write_tables(args: Args, by_arm, output):
     """Prints the table (means over seeds) and writes it as table.md. Writes table.csv, a row per arm and seed, and the
-    figures of the pictures as forgetting_curve.csv and nmse_over_snr.csv."""
+    pictures' data as forgetting_curve.csv and nmse_over_snr.csv."""
     runs = {arm: [final_row(args, result) for result in results] for arm, results in by_arm.items()}
-    rose = {
-        arm: np.mean([[r[k] for k in FORGETTING] for r in rows])
-        for arm, rows in runs.items()
-        if FORGETTING[0] in rows[0]
-    }
+    forgetful = [arm for arm, rows in runs.items() if FORGETTING[0] in rows[0]]
+    rose = {arm: np.mean([[r[k] for k in FORGETTING] for r in runs[arm]]) for arm in forgetful}
     table = []
     for arm, rows in runs.items():
         row = {f"NMSE, dB at {args.eval_snr:g} dB SNR": arm}
@@ -374,7 +334,7 @@ def write_tables(args: Args, by_arm, output):
         row["less than naive"] = f"{1 - rose[arm] / rose['naive']:.0%}" if compared else ""
         row |= {name: f"{np.mean([r[name] for r in rows]):.0f}" for name in ("seconds", "kept, kB")}
         table.append(row)
-    runner.show_table(output / "table.md", table)
+    runner.show_table(table, output / "table.md")
     runner.write_csv(output / "table.csv", [row for rows in runs.values() for row in rows])
     curves, snrs = [], []
     for r in (result for results in by_arm.values() for result in results):
@@ -393,8 +353,8 @@ def plot_results(args: Args, by_arm, output):
     names = list(SCENARIOS)
 
     def figure(file, lines, xlabel, titles, shaded=0):
-        """lines(k): of panel k, (x, values of each seed, label, colour) one after the other. shaded: epochs of the
-        panel's own scenario."""
+        """lines(k) yields (x, values of each seed, label, colour) for panel k. shaded: epochs per scenario; the panel's
+        own are shaded."""
         with runner.picture(output / file, 1, len(titles), (7.2, 2.6), sharey=True) as (_, panels):
             for k, axes in enumerate(panels):
                 for x, values, label, colour in lines(k):
@@ -432,19 +392,20 @@ def plot_results(args: Args, by_arm, output):
 def show_laws():
     """Prints what each buffer policy keeps of a stream whose labels come one after the other, the last of them rare."""
     rng = np.random.default_rng(0)
-    labels = [0] * 400 + [1] * 400 + [2] * 150 + [3] * 50
+    labels = np.repeat(range(4), (400, 400, 150, 50))
     losses = rng.choice([0.1, 1.0], len(labels))
-    print("a stream of 1000 items in a buffer of 100, mean of 100 runs: items kept of each label, share of high losses")
-    print(f"{'offered':>12}  {'  '.join(f'label {k}: {n:4d}' for k, n in sorted(Counter(labels).items()))}  high 0.50")
+    print("items kept of each label, and the share of high losses (half of the stream), in a buffer of 100; 100 runs")
+    rows = []
     for policy in POLICIES:
-        kept, high = np.zeros(4), 0.0
-        for _ in range(100):
-            buffer = Buffer(100)
+        buffers = [Buffer(100) for _ in range(100)]
+        for buffer in buffers:
             for item, (label, loss) in enumerate(zip(labels, losses, strict=True)):
                 add(buffer, item, label=label, loss=loss, policy=policy, rng=rng)
-            kept += np.bincount(buffer.labels, minlength=4) / 100
-            high += np.mean(np.array(buffer.losses) > 0.5) / 100
-        print(f"{policy:>12}  {'  '.join(f'label {k}: {n:4.1f}' for k, n in enumerate(kept))}  high {high:.2f}")
+        kept = np.bincount(np.concatenate([b.labels for b in buffers])) / 100
+        high = np.mean([np.greater(b.losses, 0.5) for b in buffers])
+        row = {f"label {k}, {np.sum(labels == k)} offered": f"{number:.1f}" for k, number in enumerate(kept)}
+        rows.append({"policy": policy, **row, "high losses": f"{high:.2f}"})
+    runner.show_table(rows)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@
 
 Data flow, at the n-th task: the generator, frozen after task n - 1 -> a batch of images -> labels by the solver, frozen
 then too -> both learn L = (1/n) L_current + (1 - 1/n) L_replay on that batch (Shin et al. 2017, arXiv:1705.08690).
-
-To change how the generator is rehearsed, change `GenerativeReplay.step`. Add an arm to GENERATIVE, or to `Plain`.
 """
 
 import gzip
@@ -39,9 +37,6 @@ Scenario = Literal["class", "domain", "task"]
 TASKS, CLASSES = 5, 2  # CLASSES in each task
 WIDTH = 100  # of the solver's hidden layers
 TEMPERATURE = 2.0  # of soft targets
-
-
-# ------------------------------------------------------------------------------------------------ heads and generators
 
 
 @dataclass(frozen=True)
@@ -79,12 +74,12 @@ class Heads:
 
     def pairs(self, student, teacher, n) -> list[tuple]:
         """(student's, teacher's logits) of each head that the teacher of the first n - 1 tasks knows."""
-        if self.scenario == "class":
-            return [(student[:, : n * self.classes], teacher[:, : (n - 1) * self.classes])]
         if self.scenario == "domain":
             return [(student, teacher)]
-        heads = [slice(k * self.classes, (k + 1) * self.classes) for k in range(n - 1)]
-        return [(student[:, head], teacher[:, head]) for head in heads]
+        known = (n - 1) * self.classes
+        if self.scenario == "class":
+            return [(student[:, : known + self.classes], teacher[:, :known])]
+        return list(zip(*(logits[:, :known].split(self.classes, 1) for logits in (student, teacher)), strict=True))
 
     def distillation(self, student, teacher, n, soft=True) -> Tensor:
         """The student's loss (logits (B, outputs)) against the teacher's soft labels, or against hard ones, the class
@@ -95,18 +90,9 @@ class Heads:
         return sum(F.cross_entropy(s, t.argmax(1)) for s, t in pairs) / len(pairs)
 
 
-def surprise(logits, heads, n) -> Tensor:
-    """Minus the log-probability (B,) of labels that the solver itself draws, among those that compete at the n-th task.
-    Its squared gradient is the Fisher information."""
-    of_task = torch.full((len(logits),), (n - 1) * heads.classes)  # any label of the task: it tells its head
-    competing = heads.choice(logits, of_task, n)[0]
-    drawn = torch.distributions.Categorical(logits=competing.detach()).sample()
-    return F.cross_entropy(competing, drawn, reduction="none")
-
-
 class WGAN(nn.Module):
     """The generator of Shin et al.: a Wasserstein GAN with gradient penalty (Gulrajani et al. 2017, arXiv:1704.00028)
-    of inputs in [0, 1], with the interface of `generative.VAE`."""
+    of inputs in [0, 1], with the interface of `vae.VAE`."""
 
     PENALTY, CRITIC_STEPS = 10.0, 2
 
@@ -160,9 +146,6 @@ class WGAN(nn.Module):
         return distance.item()
 
 
-# ------------------------------------------------------------------------------------------------------------ the arms
-
-
 class GenerativeReplay(Rehearsal):
     """A solver and a generator that learn one task after another, without images of earlier tasks.
 
@@ -174,7 +157,6 @@ class GenerativeReplay(Rehearsal):
         self.solver, self.heads, self.args, self.soft = solver, heads, args, soft
         self.optimizer = torch.optim.Adam(solver.parameters(), args.learning_rate)
         self.teacher = None  # the solver, frozen at the end of the previous task
-        self.steps = 0
 
     def begin_task(self, x, y):
         """Offers each of the task's images x (N, pixels) to the memory. Raises ValueError for values outside [0, 1]."""
@@ -183,9 +165,8 @@ class GenerativeReplay(Rehearsal):
             self.offer(image.clone(), label if self.generator.num_conditions else None)
 
     def step(self, x, y) -> float:
-        """One update of the solver on a batch of the current task, and every generator_update_freq-th time one of the
-        generator, both with the same generated batch. Returns the solver's loss."""
-        self.steps += 1
+        """One update of solver and generator, both with a batch of the current task and with the same generated batch.
+        Returns the solver's loss."""
         n, generated = self.tasks_done + 1, None
         current, replayed = replay_weights(n)
         loss = current * self.heads.loss(self.solver(x), y, n)
@@ -196,8 +177,7 @@ class GenerativeReplay(Rehearsal):
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        if self.steps % self.args.generator_update_freq == 0:
-            self.teach_generator(self.args.batch_size, generated)
+        self.teach_generator(self.args.batch_size, generated)
         return loss.item()
 
     def end_task(self):
@@ -207,7 +187,7 @@ class GenerativeReplay(Rehearsal):
         self.teacher = frozen(self.solver)
 
     def bytes_kept(self):
-        return size(self.teacher) + size(self.old_generator)
+        return runner.size(self.teacher) + runner.size(self.old_generator)
 
 
 class Unrehearsed(GenerativeReplay):
@@ -218,7 +198,7 @@ class Unrehearsed(GenerativeReplay):
 
 
 class Plain:
-    """A solver without a generator."""
+    """A solver without a generator. What an arm adds to cross-entropy stands in `step`."""
 
     def __init__(self, arm, solver, heads, args, rng):
         self.arm, self.solver, self.heads, self.args, self.rng = arm, solver, heads, args, rng
@@ -249,10 +229,17 @@ class Plain:
         loss.backward()
         self.optimizer.step()
 
+    def surprise(self, solver, x) -> Tensor:
+        """Minus the log-probability (B,) of labels that the solver draws itself, among those that compete. Its squared
+        gradient is the Fisher information."""
+        any_label = torch.full((len(x),), (self.n - 1) * self.heads.classes)  # of the task: it tells the head
+        competing = self.heads.choice(solver(x), any_label, self.n)[0]
+        drawn = torch.distributions.Categorical(logits=competing.detach()).sample()
+        return F.cross_entropy(competing, drawn, reduction="none")
+
     def end_task(self):
         if self.penalty:
-            loss_fn = lambda model, image: surprise(model(image), self.heads, self.n)  # noqa: E731
-            self.penalty.consolidate(self.solver, self.x[:, None], loss_fn)
+            self.penalty.consolidate(self.solver, self.x[:, None], self.surprise)
         if self.arm in ("lwf", "er_plus"):
             self.teacher = frozen(self.solver)
         if self.arm in ("experience_replay", "er_plus"):
@@ -262,16 +249,10 @@ class Plain:
     def bytes_kept(self):
         images = [self.x] if self.arm == "joint" else [image for image, _ in self.buffer.items]
         penalty = self.penalty.bytes_kept() if self.penalty else 0
-        return penalty + size(self.teacher) + sum(image.nbytes for image in images)
+        return penalty + runner.size(self.teacher) + sum(image.nbytes for image in images)
 
 
-def size(model) -> int:
-    """Bytes of a model, 0 for None."""
-    return sum(value.nbytes for value in model.state_dict().values()) if model is not None else 0
-
-
-# Arms with a generator: (type, soft targets, by class). "mixture" fits a mixture of Gaussians as prior of each class.
-GENERATIVE = {
+GENERATIVE = {  # arm: (type of generator, soft labels, by class)
     "unrehearsed": ("vae", True, False),
     "hard": ("vae", False, False),
     "soft": ("vae", True, False),
@@ -301,9 +282,6 @@ def make_learner(arm, solver, heads, args, shape, rng):
     return learner(solver, generator, heads, args, soft, rng)
 
 
-# ------------------------------------------------------------------------------------------------------ the experiment
-
-
 @pydantic.dataclasses.dataclass(config=CHECKED, kw_only=True)
 class Args(runner.Flags):
     """Compares kinds of replay on split digits: five tasks of two digits, one after the other, in the class-, domain-
@@ -326,13 +304,11 @@ class Args(runner.Flags):
     latent_dim: PositiveInt = 16
     """latent dimensions of the generator"""
     prior_components: PositiveInt = 10
-    """mixture: Gaussians per class in the prior that is fitted when a task ends"""
+    """mixture: Gaussians per class of the prior that is fitted when a task ends"""
     learning_rate: PositiveFloat = 1e-3
-    """of the solver (Adam)"""
+    """learning rate of the solver (Adam)"""
     generator_learning_rate: PositiveFloat = 4e-3
-    """of the generator (Adam)"""
-    generator_update_freq: PositiveInt = 1
-    """steps of the solver per update of the generator"""
+    """learning rate of the generator (Adam)"""
     buffer_size: PositiveInt = 100
     """images that experience_replay and er_plus keep"""
     ewc_lambda: NonNegativeFloat = 1e4
@@ -343,11 +319,6 @@ class Args(runner.Flags):
     """online_ewc: decay of the running Fisher information"""
     lwf_coef: NonNegativeFloat = 0.01
     """er_plus: weight of the distillation of the old solver's answers to current images"""
-
-    def __post_init__(self):
-        if self.iterations < self.generator_update_freq:  # the next task would be rehearsed on noise
-            freq = self.generator_update_freq
-            raise ValueError(f"iterations must be at least generator_update_freq = {freq}, got {self.iterations}")
 
 
 def load_images(args: Args) -> tuple[Tensor, Tensor, tuple]:
@@ -437,7 +408,7 @@ def write_tables(args: Args, found, output):
         row["seconds"] = f"{np.mean([r['seconds'] for r in first]):.0f}"
         row["kept, kB"] = f"{first[0]['bytes_kept'] / 1000:.0f}"
         rows.append(row)
-    runner.show_table(output / "table.md", rows)
+    runner.show_table(rows, output / "table.md")
     rows = []
     for r in found:
         job = {name: r[name] for name in ("scenario", "arm", "seed")}
@@ -481,7 +452,7 @@ def plot_accuracy(args, results, output):
 
 
 def run_experiment(args: Args):
-    """All scenarios, arms and seeds, then the table and pictures."""
+    """Runs all scenarios, arms and seeds, then writes tables and pictures."""
     load_images(args)  # so that bad files are named before anything is written
     jobs = [(scenario, arm, seed) for seed in args.seeds for scenario in args.scenarios for arm in args.arms]
     found = runner.run_jobs(args, run_arm, jobs)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from distributed import one_line, write_json
 from regularize import EWC, OnlineEWC
 
-NOT_SETTINGS = ("seeds", "arms", "scenarios", "output", "workers", "laws")  # they do not change a job's result
+NOT_SETTINGS = ("seeds", "arms", "scenarios", "output", "workers", "laws")  # flags that do not change a job's result
 SCRIPT = Path(sys.argv[0]).name
 
 
@@ -63,7 +63,9 @@ def of_arm(arm, args) -> EWC | None:
     return EWC(weights[arm]) if arm in weights else None
 
 
-# ------------------------------------------------------------------------------------------------------------- jobs
+def size(model) -> int:
+    """Bytes of a model's tensors; 0 for None."""
+    return sum(value.nbytes for value in model.state_dict().values()) if model is not None else 0
 
 
 def start_worker(threads, stop):
@@ -135,9 +137,6 @@ def run_jobs(args, function, jobs, prepare=None) -> list[dict]:
     return [read_result(job, path) for job, path in paths.items()]
 
 
-# ----------------------------------------------------------------------------------------------------------- tables
-
-
 def over_seeds(values) -> tuple[float, float]:
     """(mean, half width of the 95% confidence interval by Student's t; NaN for a single value)."""
     from scipy import stats
@@ -149,11 +148,7 @@ def over_seeds(values) -> tuple[float, float]:
 
 
 def cell(values, digits=2) -> str:
-    """Mean and interval as text, such as "0.93 ± 0.02"; empty if there are no values.
-
-    >>> cell([1.0])
-    '1.00'
-    """
+    """Mean and interval as text, such as "0.93 ± 0.02"; empty if there are no values."""
     values = [value for value in values if value is not None]
     if not values:
         return ""
@@ -166,22 +161,20 @@ def write_csv(path, rows):
     pandas.DataFrame(rows).to_csv(path, index=False)
 
 
-def show_table(path, rows):
+def show_table(rows, path=os.devnull):
     """Prints rows, dicts of text, as a Markdown table, and writes it to `path`."""
     table = pandas.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
     print(table)
-    path.write_text(table + "\n")
+    Path(path).write_text(table + "\n")
 
 
 @contextlib.contextmanager
 def picture(path, rows, columns, size, **kwargs):
     """Yields (figure, panels) to draw in, rows x columns of them. Afterwards adds the first panel's legend, if it has
     one, and writes the file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.switch_backend("Agg")
     plt.style.use(["petroff10", {"font.size": 8, "savefig.dpi": 200}])
     figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **kwargs)
     yield figure, list(panels.flat)
@@ -195,9 +188,6 @@ def picture(path, rows, columns, size, **kwargs):
     plt.close(figure)
 
 
-# ------------------------------------------------------------------------------------------------- the command line
-
-
 def parse(settings):
     """An instance of the dataclass `settings` from the command line. A value that its type rules out is one line."""
     shown = io.StringIO()
@@ -206,8 +196,7 @@ def parse(settings):
             return tyro.cli(settings)
     except SystemExit as stop:
         wrong = stop.__context__
-        text = f"{SCRIPT}: {one_line(wrong)}\n" if isinstance(wrong, ValidationError) else shown.getvalue()
-        sys.stderr.write(text)
+        sys.stderr.write(f"{SCRIPT}: {one_line(wrong)}\n" if isinstance(wrong, ValidationError) else shown.getvalue())
         raise
 
 

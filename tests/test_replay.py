@@ -1,7 +1,6 @@
 """replay.py: the buffers' laws as distributions, the strategies, the ratio, and what algorithms remember."""
 
 import json
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +8,8 @@ import pytest
 import torch
 
 import replay
-from replay import AdaptiveReplayCL, Buffer, ReplayCL, TaskRef, add, sample
+from grpo import TaskRef, Trajectory
+from replay import AdaptiveReplayCL, Buffer, ReplayCL, TrajectoryBuffer, add, sample
 
 
 def inclusion_counts(capacity, offers, runs, seed=0):
@@ -179,36 +179,6 @@ def test_bad_losses_and_lengths_are_named():
     assert buffer.losses == [1.0, 2.0] and buffer.items == ["x", "y"]
 
 
-def test_buffers_are_saved_whole_or_not_at_all(tmp_path):
-    rng, buffer = np.random.default_rng(0), Buffer(3)
-    for n in range(7):
-        add(buffer, TaskRef("airline", str(n)), label="airline", loss=n / 7, reward=n / 10, rng=rng)
-    path = tmp_path / "buffer.jsonl"
-    assert replay.save_buffer(buffer, path) == 3
-    assert replay.load_buffer(path, lambda item: TaskRef(**item)) == buffer
-    lines = path.read_text().splitlines(keepends=True)
-    for damaged in (lines[:-1], [*lines[:-1], lines[-1][:-9]], ["[]\n"], []):
-        (tmp_path / "damaged").write_text("".join(damaged))
-        with pytest.raises(ValueError, match="not a whole buffer"):
-            replay.load_buffer(tmp_path / "damaged")
-    with pytest.raises(TypeError):
-        replay.save_buffer(Buffer(1, [object()], [0], [0.0], [0.0], [0], 1), path)
-    assert replay.load_buffer(path, lambda item: TaskRef(**item)) == buffer  # the earlier file is still there
-    good = replay.save_buffer(buffer, tmp_path / "good.jsonl", min_reward=0.5)
-    assert good == sum(reward >= 0.5 for reward in buffer.rewards)
-
-
-def test_offers_are_fast_enough():
-    """A tenth of the speed that `python replay.py --benchmark` shows on an idle machine, for a busy one."""
-    rng, buffer = np.random.default_rng(0), Buffer(1000)
-    for item in range(1000):
-        add(buffer, item, label=item % 10, loss=rng.random(), rng=rng)
-    start = time.perf_counter()
-    for item in range(100_000):
-        add(buffer, item, rng=rng)
-    assert time.perf_counter() - start < 3
-
-
 def filled(rewards, labels=None):
     rng = np.random.default_rng(0)
     buffer = Buffer(len(rewards))
@@ -265,74 +235,6 @@ def test_adapt_ratio_rises_falls_and_stays_within_bounds():
     assert replay.adapt_ratio(0.1, 0.0, **limits) == 0.1
 
 
-def step(algorithm, *groups, domain):
-    """Offers finished groups (task, rewards) to the algorithm, as train.py does after a step."""
-    groups = [SimpleNamespace(task=t, rewards=r, replayed=t.domain != domain) for t, r in groups]
-    algorithm.post_step_hook(SimpleNamespace(groups=groups), domain)
-
-
-def test_replay_offers_a_task_once_and_refreshes_its_reward():
-    algorithm = ReplayCL(min_buffer_size=1)
-    task = TaskRef("airline", "1")
-    step(algorithm, (task, [0.0, None]), domain="airline")
-    step(algorithm, (task, [1.0, 0.0]), domain="airline")
-    step(algorithm, (task, [None, None]), domain="airline")  # nothing valid: nothing learnt of it
-    buffer = algorithm.buffers["airline"]
-    assert (buffer.items, buffer.rewards, buffer.seen) == ([task], [0.5], 1)
-
-
-def test_augment_batch_replays_previous_domains_only_and_evenly():
-    algorithm = ReplayCL(replay_ratio=0.5, min_buffer_size=2)
-    for i in range(4):
-        step(algorithm, (TaskRef("airline", str(i)), [1.0]), domain="airline")
-        step(algorithm, (TaskRef("retail", str(i)), [1.0]), domain="retail")
-    step(algorithm, (TaskRef("mock", "0"), [1.0]), domain="mock")  # below min_buffer_size
-    new = [TaskRef("telecom", str(i)) for i in range(4)]
-    batch = algorithm.augment_batch(new, "telecom")
-    assert batch[:4] == new
-    assert sorted(task.domain for task in batch[4:]) == ["airline"] * 2 + ["retail"] * 2
-    assert algorithm.get_statistics()["replayed per domain"] == {"airline": 2, "retail": 2}
-    assert {task.domain for task in algorithm.augment_batch(new, "airline")[4:]} == {"retail"}
-
-
-def test_latest_domain_only():
-    algorithm = ReplayCL(replay_ratio=0.5, min_buffer_size=1, replay_all_domains=False)
-    for domain in ("airline", "retail"):
-        step(algorithm, (TaskRef(domain, "0"), [1.0]), domain=domain)
-    batch = algorithm.augment_batch([TaskRef("telecom", "0")] * 4, "telecom")
-    assert {task.domain for task in batch[4:]} == {"retail"}
-
-
-def test_adaptive_ratio_follows_the_drop():
-    algorithm = AdaptiveReplayCL(replay_ratio=0.2, min_buffer_size=1)
-    old, new = TaskRef("airline", "0"), TaskRef("retail", "0")
-    step(algorithm, (old, [1.0, 0.6]), domain="airline")
-    step(algorithm, (new, [0.0]), (old, [0.8]), domain="retail")
-    assert algorithm.ratio == pytest.approx(0.19)
-    step(algorithm, (new, [0.0]), (old, [0.0, None]), domain="retail")  # 0.8 -> 0.56: more than the threshold
-    assert algorithm.ratio == pytest.approx(0.29)
-    assert algorithm.get_statistics()["drop from best"] == {"airline": 0.24, "retail": 0.0}
-    step(algorithm, (new, [0.0]), domain="retail")  # nothing replayed, nothing known
-    assert algorithm.ratio == pytest.approx(0.29)
-    step(algorithm, (new, [0.0]), (old, [None]), domain="retail")  # nothing valid: as before
-    assert algorithm.ratio == pytest.approx(0.39)
-    algorithm.post_task_hook(None, "retail")
-    assert algorithm.ratio == 0.2
-
-
-@pytest.mark.parametrize("kind", [ReplayCL, AdaptiveReplayCL])
-def test_state_survives_json(kind):
-    algorithm = kind(replay_ratio=0.4, min_buffer_size=1, replay_buffer_size=3, seed=5)
-    for i in range(6):
-        step(algorithm, (TaskRef("airline", str(i)), [i / 6]), domain="airline")
-    twin = kind(replay_ratio=0.1, min_buffer_size=1, replay_buffer_size=3, seed=99)
-    twin.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
-    new = [TaskRef("retail", "0")] * 3
-    for _ in range(5):
-        assert twin.augment_batch(new, "retail") == algorithm.augment_batch(new, "retail")
-    assert twin.state_dict() == algorithm.state_dict()
-
-
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -343,10 +245,10 @@ def test_state_survives_json(kind):
         (lambda rng: sample(Buffer(2), 1, strategy="magic", rng=rng), "magic"),
         (lambda rng: replay.replay_count(4, 1.0, rng), "ratio"),
         (lambda rng: ReplayCL(replay_ratio=-0.1), "replay_ratio"),
-        (lambda rng: AdaptiveReplayCL(min_replay_ratio=0.6, max_replay_ratio=0.5), "minimum"),
-        (lambda rng: replay.load_algorithm("magic"), "magic"),
-        (lambda rng: replay.load_algorithm("nowhere.py:Magic"), "nowhere.py"),
-        (lambda rng: replay.load_algorithm("replay.py:Magic"), "Magic"),
+        (lambda rng: ReplayCL(replay_strategy="magic"), "replay_strategy"),
+        (lambda rng: ReplayCL(no_such=1), "no_such"),
+        (lambda rng: AdaptiveReplayCL(min_replay_ratio=0.6, max_replay_ratio=0.5), "min_replay_ratio"),
+        (lambda rng: AdaptiveReplayCL(replay_kind="trajectories"), "--replay_kind tasks"),
     ],
 )
 def test_bad_input_is_named(wrong, message):
@@ -354,103 +256,173 @@ def test_bad_input_is_named(wrong, message):
         wrong(np.random.default_rng(0))
 
 
-# ------------------------------------------------------------------------------ replay of trajectories
+# ------------------------------------------------------------------------------------------- the trajectory buffer
 
 
-def conversation(domain, task_id, reward, advantage, tokens=3):
-    sampled = {"token_ids": [1] * tokens, "logprobs": [-1.0] * tokens, "turns": [0] * tokens}
-    return {"domain": domain, "task_id": task_id, **sampled, "advantage": advantage, "reward": reward}
+def conversation(domain, task_id, reward=1.0, advantage=0.5) -> Trajectory:
+    t = Trajectory(domain, task_id, reward=reward, advantage=advantage, messages=[{"role": "user"}])
+    t.append([1, 2, 3], 0, [-1.0] * 3)
+    return t
 
 
-def finished_step(algorithm, *rows, domain, losses=()):
-    algorithm.post_step_hook(SimpleNamespace(finished=list(rows), replayed_losses=list(losses), groups=[]), domain)
+def filled_buffer(policy="reservoir", capacity=3, tokens=True) -> TrajectoryBuffer:
+    buffer = TrajectoryBuffer(capacity, policy, tokens=tokens)
+    for n in range(6):
+        for domain in ("airline", "retail"):
+            buffer.add(conversation(domain, str(n % 2), n / 6, 0.1 * n), 0.3 * n)
+    return buffer
 
 
-def test_stored_conversations_have_their_task_as_label_and_their_loss():
-    algorithm = replay.TrajectoryReplayCL(replay_ratio=0.5, min_buffer_size=1)
-    rows = [(conversation("airline", "3", 1.0, 0.5), -0.5), (conversation("airline", "4", 1.0, None), 0.0)]
-    finished_step(algorithm, *rows, domain="airline")
-    assert algorithm.buffers["airline"].labels == ["airline/3", "airline/4"]
-    assert algorithm.buffers["airline"].losses == [-0.5, 0.0]
-    assert algorithm.augment_trajectories(4, "airline") == [] and algorithm.augment_batch(["x"], "retail") == ["x"]
-    drawn = algorithm.augment_trajectories(2, "retail")
-    assert sorted(item["task_id"] for item in drawn) == ["3", "4"]
-    finished_step(algorithm, domain="retail", losses=[7.0, 7.0])
-    assert algorithm.buffers["airline"].losses == [7.0, 7.0]
-    assert algorithm.bytes_kept() == sum(len(json.dumps(item)) for item, _ in rows)
+def test_a_record_is_a_trajectory_with_its_task_as_label():
+    buffer = filled_buffer(capacity=10)
+    assert buffer.buffers["airline"].labels == ["0", "1"] * 3
+    record = buffer.sample("airline", 1)[0]
+    assert record.task == TaskRef("airline", record.task_id) and record.domain == "airline" and record.replayed
+    assert record.token_ids == [1, 2, 3] and record.messages == [{"role": "user"}]
+    both = buffer.sample_multi_domain(["airline", "retail"], 2)
+    assert [t.domain for t in both] == ["airline"] * 2 + ["retail"] * 2
+    assert buffer.sample("telecom", 3) == []
+    assert buffer.get_statistics()["buffer sizes"] == {"airline": 6, "retail": 6}
 
 
-def test_without_cloning_what_has_no_advantage_is_not_stored():
-    rows = [(conversation("airline", "3", 1.0, 0.5), -0.5), (conversation("airline", "4", 1.0, None), 0.0)]
-    for clone_coef, kept in ((0.0, ["3"]), (0.1, ["3", "4"])):
-        algorithm = replay.TrajectoryReplayCL(clone_coef=clone_coef)
-        finished_step(algorithm, *rows, domain="airline")
-        assert [item["task_id"] for item in algorithm.buffers["airline"].items] == kept
+def test_a_buffer_for_tasks_stores_no_tokens():
+    record = filled_buffer(tokens=False).sample("airline", 1)[0]
+    assert record.token_ids == record.logprobs == record.turns == record.messages == []
+    assert filled_buffer(tokens=False).bytes_kept() < filled_buffer().bytes_kept()
 
 
-def test_only_successful_conversations_become_demonstrations():
-    algorithm = replay.TrajectoryReplayCL(replay_ratio=0.5, min_buffer_size=1)
-    rows = [(conversation("airline", str(n), float(n == 2), 0.5), 0.0) for n in range(4)]
-    finished_step(algorithm, *rows, domain="airline")
-    drawn = algorithm.augment_trajectories(3, "retail", successful=True)
-    assert {item["task_id"] for item in drawn} == {"2"}
-    failures = replay.TrajectoryReplayCL(replay_ratio=0.5, min_buffer_size=1)
-    finished_step(failures, *(row for row in rows if row[0]["reward"] == 0), domain="airline")
-    assert failures.augment_trajectories(3, "retail", successful=True) == []
-    assert len(failures.augment_trajectories(3, "retail")) == 3
+def test_tasks_are_drawn_each_once_if_there_are_enough():
+    buffer = filled_buffer(capacity=10)
+    assert sorted(t.task_id for t in buffer.sample_tasks("airline", 2)) == ["0", "1"]
+    assert sorted(t.task_id for t in buffer.sample_tasks("airline", 5)).count("0") in (2, 3)
 
 
 @pytest.mark.parametrize("policy", replay.POLICIES)
-def test_stored_conversations_are_saved_with_the_checkpoint(policy, tmp_path):
-    algorithm = replay.TrajectoryReplayCL(buffer_policy=policy, replay_buffer_size=3, min_buffer_size=1)
-    for n in range(6):
-        rows = [(conversation(d, str(n % 2), n / 6, 0.1 * n), 0.3 * n) for d in ("airline", "retail")]
-        finished_step(algorithm, *rows, domain="retail")
-    algorithm.save(tmp_path)
-    again = replay.TrajectoryReplayCL(buffer_policy=policy, replay_buffer_size=3, min_buffer_size=1)
-    again.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
-    again.load(tmp_path)
-    assert again.buffers == algorithm.buffers and list(again.buffers) == ["airline", "retail"]
-    assert again.augment_trajectories(9, "telecom") == algorithm.augment_trajectories(9, "telecom")
+def test_a_saved_buffer_is_equal_and_draws_on(policy, tmp_path):
+    buffer, again = filled_buffer(policy), TrajectoryBuffer(3, policy, seed=9)
+    buffer.save(tmp_path / "buffer.json")
+    again.load(tmp_path / "buffer.json")
+    assert again.buffers == buffer.buffers and list(again.buffers) == ["airline", "retail"]
+    assert again.sample("airline", 9) == buffer.sample("airline", 9)
+    again.add(conversation("airline", "7"), 0.5)
+    buffer.add(conversation("airline", "7"), 0.5)
+    assert again.buffers == buffer.buffers
 
 
-def test_cloning_is_the_kl_from_the_policy_that_sampled():
-    """In expectation over that policy, value and gradient are those of KL(mu || pi) over the whole vocabulary."""
-    rng = torch.Generator().manual_seed(0)
-    mu = torch.randn(7, generator=rng, dtype=torch.float64).log_softmax(0)
-    logits = (mu + 0.2 * torch.randn(7, generator=rng, dtype=torch.float64)).requires_grad_()
-    pi = logits.log_softmax(0)
-    assert (pi - mu).max() < replay.CLONING_CAP
-    exact = (mu.exp() * (mu - pi)).sum()
-    (gradient,) = torch.autograd.grad(exact, logits, retain_graph=True)
-    mask, failed = torch.ones(1, 1, dtype=torch.bool), torch.tensor([False])
-    terms = [replay.cloning_loss(pi[k].view(1, 1), mu[k].view(1, 1), mask, failed) for k in range(7)]
-    ours = sum(mu[k].exp() * terms[k] for k in range(7))
-    assert ours.item() == pytest.approx(exact.item(), rel=1e-9)
-    torch.testing.assert_close(torch.autograd.grad(ours, logits)[0], gradient)
-    at_mu = mu.clone().requires_grad_()
-    replay.cloning_loss(at_mu[None], mu[None], torch.ones(1, 7, dtype=torch.bool), failed).backward()
-    assert at_mu.grad.abs().max() < 1e-12
+def test_a_damaged_buffer_is_named_and_a_failed_save_leaves_the_old_one(tmp_path):
+    buffer, path = filled_buffer(), tmp_path / "buffer.json"
+    buffer.save(path)
+    good = path.read_text()
+    for damaged in (good[:-9], good.replace('"losses"', '"lasses"'), good.replace('"turns"', '"terns"'), "[]", ""):
+        (tmp_path / "damaged").write_text(damaged)
+        with pytest.raises(ValueError, match="not a whole buffer"):
+            TrajectoryBuffer().load(tmp_path / "damaged")
+    buffer.buffers["airline"].items[0].messages = [object()]
+    with pytest.raises(TypeError):
+        buffer.save(path)
+    assert path.read_text() == good
 
 
-def test_cloning_adds_cross_entropy_where_successful_and_leaves_out_the_masked():
-    logprobs = torch.tensor([[-0.5, -2.0, -9.0], [-1.0, -3.0, -1.0]], requires_grad=True)
-    stored = torch.tensor([[-1.0, -2.0, -9.0], [-1.0, -2.5, -7.0]])
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    loss = replay.cloning_loss(logprobs, stored, mask, torch.tensor([True, False]))
-    kl = [np.exp(d) - 1 - d for d in (0.5, 0.0, 0.0, -0.5, 1.0)]  # the last is capped
-    assert loss.item() == pytest.approx(sum(kl) + 0.5 + 2.0, rel=1e-6)
-    loss.backward()
-    expected = [[np.exp(0.5) - 2, -1.0, 0.0], [0.0, np.exp(-0.5) - 1, 0.0]]
-    torch.testing.assert_close(logprobs.grad, torch.tensor(expected, dtype=torch.float32))
+# ------------------------------------------------------------------------------------------------- the algorithms
 
 
-class Optional(replay.CLAlgorithm):
-    def __init__(self, eval_max_tasks, max_context=7, **kwargs):
-        self.found = (eval_max_tasks, max_context)
+def running(algorithm, *trajectories, phase="grpo"):
+    """The algorithm in a run whose buffer holds the trajectories."""
+    algorithm.trainer = SimpleNamespace(trajectory_buffer=algorithm.make_buffer(), phase=phase, replayed_losses=[])
+    for t in trajectories:
+        if algorithm.keeps(t):
+            algorithm.trainer.trajectory_buffer.add(t)
+    return algorithm
 
 
-def test_a_flag_that_is_none_leaves_a_default_and_fills_what_has_none():
-    args = SimpleNamespace(eval_max_tasks=None, max_context=None)
-    assert Optional.from_args(args).found == (None, 7)
-    assert Optional.from_args(SimpleNamespace(eval_max_tasks=2, max_context=3)).found == (2, 3)
+def test_augment_batch_replays_previous_domains_only_and_evenly():
+    stored = [conversation(d, str(n)) for d in ("airline", "retail") for n in range(4)]
+    algorithm = running(ReplayCL(replay_ratio=0.5, min_buffer_size=2), *stored, conversation("mock", "0"))
+    new = [TaskRef("telecom", str(i)) for i in range(4)]
+    batch = algorithm.augment_batch(new, "telecom")
+    assert batch[:4] == new and len(set(batch)) == 8
+    assert sorted(task.domain for task in batch[4:]) == ["airline"] * 2 + ["retail"] * 2  # mock: below min_buffer_size
+    assert algorithm.get_statistics()["replayed per domain"] == {"airline": 2, "retail": 2}
+    assert {task.domain for task in algorithm.augment_batch(new, "airline")[4:]} == {"retail"}
+
+
+def test_latest_domain_only():
+    stored = [conversation("airline", "0"), conversation("retail", "0")]
+    algorithm = running(ReplayCL(replay_ratio=0.5, min_buffer_size=1, replay_all_domains=False), *stored)
+    batch = algorithm.augment_batch([TaskRef("telecom", "0")] * 4, "telecom")
+    assert {task.domain for task in batch[4:]} == {"retail"}
+
+
+@pytest.mark.parametrize("strategy", replay.STRATEGIES)
+@pytest.mark.parametrize("policy", replay.POLICIES)
+@pytest.mark.parametrize("kind", ["tasks", "trajectories"])
+def test_every_policy_and_strategy_serves_both_kinds(kind, policy, strategy):
+    stored = [conversation("airline", str(n), n % 2) for n in range(6)]
+    flags = {"replay_kind": kind, "buffer_policy": policy, "replay_strategy": strategy, "replay_buffer_size": 4}
+    algorithm = running(ReplayCL(replay_ratio=0.5, min_buffer_size=1, **flags), *stored)
+    tasks = algorithm.augment_batch([TaskRef("retail", "0")] * 2, "retail")
+    trajectories = algorithm.augment_trajectories(2, "retail")
+    assert (len(tasks), len(trajectories)) == ((4, 0) if kind == "tasks" else (2, 2))
+
+
+def test_losses_of_replayed_conversations_are_renewed():
+    algorithm = ReplayCL(replay_ratio=0.5, min_buffer_size=1, replay_kind="trajectories")
+    running(algorithm, conversation("airline", "3"), conversation("airline", "4"))
+    assert algorithm.augment_trajectories(4, "airline") == []
+    assert sorted(t.task_id for t in algorithm.augment_trajectories(2, "retail")) == ["3", "4"]
+    algorithm.trainer.replayed_losses = [7.0, float("nan")]  # the second: train.py skips the update
+    algorithm.post_step_hook(algorithm.trainer, "retail")
+    assert sorted(algorithm.trainer.trajectory_buffer.buffers["airline"].losses) == [0.0, 7.0]
+
+
+def test_without_cloning_a_conversation_without_an_advantage_is_not_stored():
+    rows = [conversation("airline", "3"), conversation("airline", "4", advantage=None)]
+    for flags, kept in (({"clone_coef": 0.0}, ["3"]), ({}, ["3", "4"])):
+        algorithm = running(ReplayCL(replay_kind="trajectories", **flags), *rows)
+        assert [t.task_id for t in algorithm.trainer.trajectory_buffer.buffers["airline"].items] == kept
+
+
+def test_only_successful_conversations_become_demonstrations():
+    rows = [conversation("airline", str(n), float(n == 2)) for n in range(4)]
+    flags = {"replay_ratio": 0.5, "min_buffer_size": 1, "replay_kind": "trajectories"}
+    algorithm = running(ReplayCL(**flags), *rows, phase="warmup")
+    assert {t.task_id for t in algorithm.augment_trajectories(3, "retail")} == {"2"}
+    failures = running(ReplayCL(**flags), *(t for t in rows if t.reward == 0), phase="warmup")
+    assert failures.augment_trajectories(3, "retail") == []
+    failures.trainer.phase = "grpo"
+    assert len(failures.augment_trajectories(3, "retail")) == 3
+
+
+def after_step(algorithm, *groups, domain):
+    """The hook after a step with these groups (task, rewards)."""
+    rewards = torch.tensor([[np.nan if r is None else r for r in rewards] for _, rewards in groups])
+    algorithm.post_step_hook(SimpleNamespace(refs_P=[t for t, _ in groups], rewards_P_G=rewards), domain)
+
+
+def test_adaptive_ratio_follows_the_drop():
+    algorithm = AdaptiveReplayCL(replay_ratio=0.2, min_buffer_size=1)
+    old, new = TaskRef("airline", "0"), TaskRef("retail", "0")
+    after_step(algorithm, (old, [1.0, 0.6]), domain="airline")
+    after_step(algorithm, (new, [0.0]), (old, [0.8]), domain="retail")
+    assert algorithm.ratio == pytest.approx(0.19)
+    after_step(algorithm, (new, [0.0, 0.0]), (old, [0.0, None]), domain="retail")  # 0.8 -> 0.56: above the threshold
+    assert algorithm.ratio == pytest.approx(0.29)
+    assert algorithm.get_statistics()["drop from best"] == {"airline": 0.24, "retail": 0.0}
+    after_step(algorithm, (new, [0.0]), domain="retail")  # nothing replayed, nothing known
+    assert algorithm.ratio == pytest.approx(0.29)
+    after_step(algorithm, (new, [0.0]), (old, [None]), domain="retail")  # nothing valid: as before
+    assert algorithm.ratio == pytest.approx(0.39)
+    algorithm.post_task_hook(None, "retail")
+    assert algorithm.ratio == 0.2
+
+
+@pytest.mark.parametrize("kind", [ReplayCL, AdaptiveReplayCL])
+def test_state_survives_json(kind):
+    stored = [conversation("airline", str(i), i / 6) for i in range(6)]
+    algorithm = running(kind(replay_ratio=0.4, min_buffer_size=1, seed=5), *stored)
+    twin = running(kind(replay_ratio=0.1, min_buffer_size=1, seed=5), *stored)
+    twin.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
+    new = [TaskRef("retail", "0")] * 3
+    for _ in range(5):
+        assert twin.augment_batch(new, "retail") == algorithm.augment_batch(new, "retail")
+    assert twin.state_dict() == algorithm.state_dict()

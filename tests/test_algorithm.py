@@ -1,0 +1,88 @@
+"""algorithm.py: how an algorithm gets its flags, and classes of one's own."""
+
+from types import SimpleNamespace
+
+import pytest
+from law import small_args, small_run, steps_of
+
+import algorithm
+import generative
+import regularize
+import replay
+import train
+
+
+class Optional(replay.CLAlgorithm):
+    def __init__(self, eval_max_tasks, max_context=7, **kwargs):
+        super().__init__(**kwargs)
+        self.found = (eval_max_tasks, max_context)
+
+
+def test_a_flag_that_is_none_leaves_a_default_and_fills_what_has_none():
+    assert Optional.from_args(SimpleNamespace(eval_max_tasks=None, max_context=None)).found == (None, 7)
+    assert Optional.from_args(SimpleNamespace(eval_max_tasks=2, max_context=3)).found == (2, 3)
+
+
+class Fixed(replay.ReplayCL):
+    def __init__(self, replay_ratio):
+        super().__init__(replay_ratio=replay_ratio)
+
+
+def test_a_constructor_without_kwargs_gets_what_it_names_only():
+    args = SimpleNamespace(replay_ratio=0.3, replay_strategy="recent", seed=9)
+    made = Fixed.from_args(args)
+    assert (made.ratio, made.flags.replay_strategy, made.seed) == (0.3, "random", 0)
+    made = replay.ReplayCL.from_args(args)
+    assert (made.ratio, made.flags.replay_strategy, made.seed) == (0.3, "recent", 9)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--cl_algorithm ewc", [regularize.EWC]),
+        ("--cl_algorithm online_ewc", [regularize.OnlineEWC]),
+        ("--cl_algorithm lwf", [regularize.LwF]),
+        ("--cl_algorithm lwf --ewc_lambda 2", [regularize.LwF, regularize.EWC]),
+        ("--cl_algorithm ewc --lwf_coef 2", [regularize.EWC, regularize.LwF]),
+        ("--cl_algorithm replay --ewc_lambda 2 --lwf_coef 2", [replay.ReplayCL, regularize.EWC, regularize.LwF]),
+        ("--cl_algorithm replay --ewc_lambda 2 --ewc_decay 0.5", [replay.ReplayCL, regularize.OnlineEWC]),
+        ("--cl_algorithm generative_replay --lwf_coef 2", [generative.GenerativeReplayCL, regularize.LwF]),
+        ("--cl_algorithm sequential --ewc_lambda 0 --lwf_coef 0", [replay.SequentialCL]),
+    ],
+)
+def test_flags_choose_the_list_of_algorithms(flags, expected, tmp_path):
+    args = small_args(tmp_path, *flags.split(), "--temperature", "0.6")
+    main = algorithm.load_algorithm(args.cl_algorithm, train.ALGORITHMS, args)
+    found = [main, *regularize.penalties(args, main)]
+    assert [type(a) for a in found] == expected
+    for a in found:
+        if isinstance(a, regularize.EWC):
+            assert a.ewc_lambda == (args.ewc_lambda or 1.0) and a.temperature == 0.6
+        if isinstance(a, regularize.OnlineEWC):
+            assert a.ewc_decay == (args.ewc_decay or 0.95)
+        if isinstance(a, regularize.LwF):
+            assert a.lwf_coef == (args.lwf_coef or 0.01)
+
+
+@pytest.mark.parametrize("name", ["magic", "nowhere.py:Magic", "replay.py:Magic", "README.md:Magic"])
+def test_an_algorithm_that_is_not_there_is_named(name):
+    with pytest.raises(ValueError, match=name.rpartition(":")[2] if "nowhere" not in name else "nowhere.py"):
+        algorithm.load_algorithm(name, train.ALGORITHMS, train.Args())
+
+
+OWN = """
+from replay import SequentialCL
+
+class L2(SequentialCL):
+    def extra_losses(self, trainer):
+        yield 1e-4 * sum(p.square().sum() for p in trainer.model.parameters())
+"""
+
+
+def test_a_loss_of_the_users_own_stands_beside_lwf_and_ewc(tmp_path):
+    """Its graph goes through the weights that LwF exchanges to read the frozen policy."""
+    (tmp_path / "own.py").write_text(OWN)
+    flags = f"--cl_algorithm {tmp_path / 'own.py'}:L2 --lwf_coef 0.1 --ewc_lambda 1 --num_iterations 2 --run_name r"
+    summary = small_run(tmp_path, *flags.split())
+    assert summary["statistics"]["tasks held"] == 2
+    assert all(r["extra_loss"] > 0 for r in steps_of(tmp_path / "r"))

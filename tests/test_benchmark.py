@@ -1,0 +1,130 @@
+"""experiments/benchmark.py compares the ways; experiments/embedded.py runs every arm once, and names one that fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from experiments import benchmark, embedded
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_benchmark(flags, **env):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    command = [sys.executable, "experiments/benchmark.py", *flags.split()]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+
+
+def test_rollouts_and_updates_are_compared_and_all_ways_have_the_same_gradient(tmp_path):
+    (tmp_path / "tau2.py").write_text("raise ImportError('the benchmark of the policy needs no tau2')")
+    small = "--shape tiny --repeats 1 --prompt_tokens 64 --turns 2 --new_tokens 4 --tool_tokens 8 --update_tokens 64"
+    shown = run_benchmark(small, PYTHONPATH=str(tmp_path))
+    assert shown.returncode == 0 and shown.stderr == "", shown.stderr
+    rows = [line.split(" | ") for line in shown.stdout.splitlines() if line.startswith("| ")]
+    names = [row[0].removeprefix("| ") for row in rows]
+    assert names == ["rollouts", "generate", "padded", "paged", "update", "all logits", "token_logprobs"]
+    norms = [float(row[-1].removesuffix(" |")) for row in rows[-2:]]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] > 0
+
+
+def test_buffers_are_timed(capsys):
+    benchmark.time_buffers(None, capacity=10)
+    names = [line.split(":")[0].split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["brs", "lars", "labrs", "reservoir"]
+
+
+def test_oracle_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "ORACLE_TASKS", 1)
+    benchmark.time_oracle(None)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["airline", "retail", "telecom"]
+
+
+@pytest.mark.parametrize("flags", ["--turns 0", "--repeats 0", "--layers -1", "--update_tokens 1"])
+def test_settings_that_cannot_be_timed_are_one_line(flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        benchmark.parse(benchmark.Args)
+    name, value = flags.removeprefix("--").split()
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and shown.count("\n") == 1
+    assert f"{name} must be greater than" in shown and shown.endswith(f", got {value}\n")
+
+
+@pytest.mark.parametrize("arm", embedded.ARMS)
+def test_train_takes_the_flags_of_every_arm(arm):
+    args = train.parse_args(["--cl_algorithm", *embedded.ARMS[arm].split()])
+    assert args.cl_algorithm == embedded.ARMS[arm].split()[0]
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout whose train.py and eval.py note their arguments. Training ends with the code in a file `code`, or not
+    before a signal if there is none."""
+    (tmp_path / "train.py").write_text(
+        """
+import json, os, pathlib, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+run = pathlib.Path(flags.get("--resume") or os.path.join(flags["--runs_dir"], flags["--run_name"]))
+run.mkdir(exist_ok=True)
+(run / "config.json").write_text(json.dumps([sys.argv[1:], os.environ["OMP_NUM_THREADS"], os.getpid()]))
+code = pathlib.Path(__file__).with_name("code")
+while not code.exists():
+    time.sleep(0.1)
+(run / "report.md").touch()
+sys.exit(int(code.read_text()))
+"""
+    )
+    (tmp_path / "eval.py").write_text("import sys; print(*sys.argv[1:], file=open(__file__ + '.txt', 'w'))")
+    (tmp_path / "code").write_text("0")
+    monkeypatch.setattr(embedded, "ROOT", tmp_path)
+    return tmp_path
+
+
+def arguments(run):
+    return json.loads((run / "config.json").read_text())
+
+
+def test_every_arm_runs_once_and_is_compared(checkout):
+    args = embedded.Args(arms=["replay", "high"], seeds=[0, 3], output=str(checkout / "out"), workers=2)
+    embedded.run_experiment(args)
+    runs = [checkout / "out" / f"{arm}_seed{seed}" for seed in (0, 3) for arm in ("replay", "high")]
+    flags, threads, _ = arguments(runs[-1])
+    expected = "--cl_algorithm replay --replay_strategy high_reward --seed 3 --run_name high_seed3 --runs_dir"
+    assert flags == [*expected.split(), str(checkout / "out")] and threads == "1"
+    compared = (checkout / "eval.py.txt").read_text().split()
+    assert compared == ["--compare", *map(str, runs), "--output", str(checkout / "out" / "comparison")]
+    before = [arguments(run) for run in runs]
+    (runs[0] / "report.md").unlink()  # as if it had been stopped
+    embedded.run_experiment(args)
+    assert arguments(runs[0])[0] == ["--resume", str(runs[0])]
+    assert [arguments(run) for run in runs[1:]] == before[1:]
+
+
+def test_a_run_that_fails_is_named(checkout):
+    (checkout / "code").write_text("2")
+    with pytest.raises(ValueError, match=r"replay_seed0 failed; see .*replay_seed0\.log"):
+        embedded.run_experiment(embedded.Args(arms=["replay"], seeds=[0], output=str(checkout / "out")))
+
+
+def test_a_stopped_table_stops_its_runs(checkout, monkeypatch):
+    (checkout / "code").unlink()
+    run = checkout / "out" / "replay_seed0"
+    sleep = time.sleep
+
+    def interrupted(seconds):
+        sleep(seconds)
+        if (run / "config.json").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embedded.run_experiment(embedded.Args(arms=["replay"], seeds=[0], output=str(checkout / "out")))
+    with pytest.raises(ProcessLookupError):
+        os.kill(arguments(run)[2], signal.SIGTERM)

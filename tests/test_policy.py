@@ -1,0 +1,304 @@
+"""policy.py: loading, LoRA, shards, snapshots, and log-probabilities against the plain way."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from ranks import on_two_ranks
+
+import policy
+from distributed import rank
+from policy import load_policy, token_logprobs
+
+IDS = torch.randint(3, 300, (2, 17), generator=torch.Generator().manual_seed(1))
+ONES = torch.ones_like(IDS)
+MASK = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(2)) < 0.6
+MASK[:, 0] = False
+
+
+@pytest.fixture(scope="module")
+def base(tiny, tmp_path_factory):
+    """The directory of the saved embedded policy."""
+    folder = tmp_path_factory.mktemp("base")
+    policy.save_policy(*tiny, folder)
+    return str(folder)
+
+
+def load(path, **settings):
+    return load_policy(str(path), **{"dtype": "float32", "device": "cpu", **settings})[0]
+
+
+def scores(model):
+    return token_logprobs(model, IDS, ONES).detach()
+
+
+def gradient_of(model, values):
+    model.zero_grad()
+    values.sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@torch.no_grad()
+def move(model, by=0.1):
+    for p in policy.trained_parameters(model).values():
+        p.add_(policy.placed_like(torch.full(p.shape, by), p))
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def test_the_embedded_policy_is_the_same_each_time_and_when_loaded_again(base):
+    """To the last bit of log-probabilities and gradients."""
+    models = [load(path) for path in ("tiny", "tiny", base)]
+    logprobs = [token_logprobs(model, IDS, ONES) for model in models]
+    gradients = [gradient_of(*pair) for pair in zip(models, logprobs, strict=True)]
+    for k in (1, 2):
+        assert torch.equal(logprobs[k], logprobs[0]) and torch.equal(gradients[k], gradients[0])
+
+
+def test_a_saved_tokenizer_is_loaded_again(tiny, base):
+    tokenizer, again = tiny[1], load_policy(base, "float32", "cpu")[1]
+    text = 'Hi! <tool_call>\n{"name": "f", "arguments": {"id": "#W12"}}\n</tool_call> 🙂'
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert again.chat_template == tokenizer.chat_template
+
+
+def test_attention_can_be_chosen(tiny):
+    model = load("tiny", attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(scores(model), scores(tiny[0]))
+
+
+@pytest.mark.parametrize(
+    "path, settings, message",
+    [
+        ("/no/such", {}, "cannot load a model from '/no/such': there is no such directory"),
+        ("./no", {}, "there is no such directory"),
+        ("tiny", {"dtype": "float31"}, "unknown dtype 'float31'; choose one of float32, bfloat16"),
+        ("tiny", {"attn_implementation": "none_such"}, "cannot load a model from 'tiny'"),
+        ("tiny", {"lora_rank": -1}, "lora_rank must be 0"),
+        ("tiny", {"lora_rank": 500}, "at most the model's width of 128, got 500"),
+    ],
+)
+def test_bad_settings_are_named(path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        load(path, **settings)
+
+
+SLIDING = {"layer_types": None, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("config.json", SLIDING, "rollouts need full attention in every layer"),
+        ("config.json", {"final_logit_softcapping": 30.0}, "models with final_logit_softcapping are not supported"),
+        ("adapter_config.json", {"base_model_name_or_path": "/no/base"}, "its base model /no/base is not there"),
+        ("model.safetensors", None, "cannot load a model from"),
+    ],
+)
+def test_models_that_cannot_be_used_are_named(base, file, change, message, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "model")
+    old = (folder / file).read_bytes() if (folder / file).exists() else b"{}"
+    (folder / file).write_bytes(old[:1000] if change is None else json.dumps({**json.loads(old), **change}).encode())
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+# --------------------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.fixture(scope="module")
+def lora(base, tmp_path_factory):
+    """(a model with trained adapters, their directory)."""
+    model, tokenizer = load_policy(base, "float32", "cpu", lora_rank=4)
+    optimizer = torch.optim.AdamW(policy.trained_parameters(model).values(), lr=0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (-token_logprobs(model, IDS, ONES).sum()).backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("adapter")
+    policy.save_policy(model, tokenizer, folder)
+    return model, folder
+
+
+def test_adapters_change_nothing_at_first(tiny, base):
+    model = load(base, lora_rank=4)
+    torch.testing.assert_close(scores(model), scores(tiny[0]))
+    names = list(policy.trained_parameters(model))
+    assert names and all("lora_" in name and "embed" not in name and "lm_head" not in name for name in names)
+
+
+def test_lora_trains_its_adapters_alone(tiny, lora):
+    assert scores(lora[0]).sum() > scores(tiny[0]).sum() + 0.1
+    frozen = {n.replace(".base_layer", ""): p for n, p in lora[0].named_parameters() if not p.requires_grad}
+    assert all(torch.equal(p, frozen[name]) for name, p in tiny[0].named_parameters())
+
+
+def test_without_its_adapters_the_model_is_the_reference(tiny, lora):
+    trained, after = policy.trained_parameters(lora[0]), scores(lora[0])
+    with policy.weights_of(lora[0], None):
+        torch.testing.assert_close(scores(lora[0]), scores(tiny[0]))
+    assert torch.equal(scores(lora[0]), after) and all(p.requires_grad for p in trained.values())
+
+
+def test_a_saved_adapter_is_loaded_to_train_on_or_to_evaluate(lora):
+    model, folder = lora
+    assert not (folder / "model.safetensors").exists()
+    for rank_ in (4, 0):
+        torch.testing.assert_close(scores(load(folder, lora_rank=rank_)), scores(model))
+    trained = policy.trained_parameters(model)
+    for name, p in policy.trained_parameters(load(folder, dtype="bfloat16", lora_rank=4)).items():
+        assert torch.equal(p, trained[name])  # no bit of the float32 adapters is lost
+    with pytest.raises(ValueError, match="the saved adapter has rank 4, not 8"):
+        load(folder, lora_rank=8)
+
+
+@pytest.mark.parametrize("lora_rank, frozen", [(0, set()), (2, {torch.bfloat16})])
+def test_bfloat16_trains_float32_weights_and_lora_keeps_the_frozen_ones_small(base, lora_rank, frozen):
+    model = load(base, dtype="bfloat16", lora_rank=lora_rank)
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == frozen
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+# -------------------------------------------------------------------------------------------------- snapshots, shards
+
+
+def test_weights_of_a_snapshot_are_exchanged_and_come_back_whatever_happens(tiny):
+    model = copy.deepcopy(tiny[0])
+    then, before = policy.snapshot(model), scores(model)
+    move(model)
+    now = policy.snapshot(model)
+    with pytest.raises(KeyError), policy.weights_of(model, then):
+        assert torch.equal(scores(model), before)
+        raise KeyError
+    whole = policy.gathered_snapshot(model, then)
+    again = policy.snapshot_from(model, whole.__getitem__)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, now[name])
+        assert all(torch.equal(saved[name], tiny[0].get_parameter(name)) for saved in (then, whole, again))
+
+
+def test_a_copy_to_sample_from_is_frozen(tiny):
+    low = policy.plain_copy(tiny[0], torch.bfloat16)
+    assert {(p.dtype, p.requires_grad) for p in low.parameters()} == {(torch.bfloat16, False)}
+    assert torch.equal(scores(policy.plain_copy(tiny[0], torch.float32)), scores(tiny[0]))
+
+
+def test_shards_need_ranks():
+    with pytest.raises(ValueError, match="torchrun"):
+        policy.shard(load("tiny"))
+
+
+def computed(base, shard, folder) -> list:
+    """What must be equal of a whole model and of one that is sharded over two ranks, each with one sequence; and the
+    numbers in its snapshot. Without LoRA and with it."""
+    mine, results = slice(rank(), None, 2) if shard else slice(None), []
+    for lora_rank in (0, 2):
+        model, tokenizer = load_policy(base, "float32", "cpu", lora_rank=lora_rank)
+        if shard:
+            policy.shard(model)
+        then = policy.snapshot(model)
+        move(model, 0.01)
+        token_logprobs(model, IDS[mine], ONES[mine]).sum().backward()
+        parameters = policy.trained_parameters(model)
+        found = {f"gradient {n}": policy.whole(p.grad) for n, p in parameters.items()}
+        found |= {n: policy.whole(p.detach()).clone() for n, p in parameters.items()}
+        found |= {"scores": scores(model), "copy": scores(policy.plain_copy(model, torch.float32))}
+        with policy.weights_of(model, then):
+            found["scores then"] = scores(model)
+        weights = policy.gathered_weights(model)
+        if rank() == 0:
+            policy.save_policy(model, tokenizer, f"{folder}{lora_rank}", weights)
+        assert policy.is_sharded(model) == shard and policy.rank_share(torch.ones(())) == (0.5 if shard else 1.0)
+        results.append((found, sum(p.numel() for p in then.values())))
+    return results
+
+
+def test_a_sharded_model_computes_and_saves_what_a_whole_one_does(base, tmp_path):
+    first, second = on_two_ranks(computed, tmp_path, base, True, str(tmp_path / "sharded"))
+    for k, (whole, number) in enumerate(computed(base, False, str(tmp_path / "whole"))):
+        assert first[k][1] + second[k][1] == number
+        for found in (first[k][0], second[k][0]):
+            torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+        folders = [load(tmp_path / f"{name}{2 * k}", lora_rank=2 * k) for name in ("whole", "sharded")]
+        torch.testing.assert_close(*map(scores, folders))
+
+
+# -------------------------------------------------------------------------------------------------- log-probabilities
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_agree_with_the_plain_way(tiny, temperature):
+    attention, expected = ONES.clone(), torch.zeros(IDS.shape)
+    attention[1, 8:] = 0
+    for b, length in enumerate((17, 8)):
+        logits = tiny[0](input_ids=IDS[b : b + 1, :length]).logits[0].double() / temperature
+        expected[b, 1:length] = logits.log_softmax(-1)[:-1].gather(1, IDS[b, 1:length, None])[:, 0]
+    torch.testing.assert_close(token_logprobs(tiny[0], IDS, attention, temperature), expected, atol=1e-5, rtol=0)
+
+
+def test_token_logprobs_of_a_mask_are_the_same_numbers_and_gradients(tiny):
+    model = copy.deepcopy(tiny[0])
+    some, every = token_logprobs(model, IDS, ONES, mask_B_T=MASK), token_logprobs(model, IDS, ONES) * MASK
+    torch.testing.assert_close(some, every, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient_of(model, some), gradient_of(model, every), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, tolerance, size", [("float32", 1e-6, 1e-5), ("bfloat16", 0.02, 0.02)])
+def test_chunks_computed_again_give_the_plain_gradient_and_entropy(dtype, tolerance, size, monkeypatch):
+    """Three tokens a chunk, and layers computed again too, against all logits at once."""
+    plain = load("tiny", dtype=dtype)
+    with policy.autocast(plain):
+        logits = plain(input_ids=IDS, attention_mask=ONES).logits
+    distribution = (logits[:, :-1].float() / 0.7).log_softmax(-1)
+    expected = distribution.gather(-1, IDS[:, 1:, None])[..., 0] * MASK[:, 1:]
+    expected_entropy = torch.distributions.Categorical(logits=distribution.detach()).entropy() * MASK[:, 1:]
+    monkeypatch.setattr(policy, "CHUNK", 3 * plain.config.vocab_size)
+    model = load("tiny", dtype=dtype, gradient_checkpointing=True)
+    found, entropy = token_logprobs(model, IDS, ONES, 0.7, MASK, return_entropy=True)
+    torch.testing.assert_close(found[:, 1:], expected, atol=tolerance, rtol=size)
+    torch.testing.assert_close(entropy[:, 1:], expected_entropy, atol=tolerance, rtol=size)
+    assert not entropy.requires_grad and not model.training
+    gradient = gradient_of(plain, expected)
+    assert (gradient_of(model, found) - gradient).norm() < size * gradient.norm()
+
+
+def test_chunks_keep_no_logits_for_the_backward_pass(tiny, monkeypatch):
+    kept, vocabulary = [], tiny[0].config.vocab_size
+    monkeypatch.setattr(policy, "CHUNK", 3 * vocabulary)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda shape: None):
+        token_logprobs(tiny[0], IDS, ONES)
+    assert kept and not any(shape and shape[-1] == vocabulary for shape in kept)
+
+
+@pytest.fixture
+def teacher(tiny):
+    """(a model whose head has a bias, is trained, and is not tied to the embedding; two tokens of a conversation)."""
+    model = copy.deepcopy(tiny[0])
+    model.set_output_embeddings(torch.nn.Linear(model.config.hidden_size, model.config.vocab_size))
+    return model, (IDS[:1, :4], ONES[:1, :4], torch.tensor([[0, 1, 0, 1]]))
+
+
+def test_a_frozen_head_is_a_copy_unless_the_head_is_not_trained(teacher):
+    head, frozen = teacher[0].get_output_embeddings(), policy.frozen_head(teacher[0])
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert frozen.weight.data_ptr() != head.weight.data_ptr() and torch.equal(frozen.bias, head.bias)
+    assert policy.frozen_head(teacher[0].requires_grad_(False)) is head
+
+
+def test_distillation_is_the_kl_from_the_policy_as_it_was(teacher):
+    model, rows = teacher
+    frozen, states, head = policy.frozen_head(model), policy.hidden_states(model, *rows), model.get_output_embeddings()
+    assert states.shape == (2, model.config.hidden_size) and not states.requires_grad
+    assert policy.distillation_kl(model, *rows, frozen, states).item() == pytest.approx(0.0, abs=1e-6)
+    with torch.no_grad():
+        before = model(rows[0]).logits[0, [0, 2]].log_softmax(-1)
+        head.bias += torch.randn(head.bias.shape, generator=torch.Generator().manual_seed(0))
+        head.weight *= 1.3
+        after = model(rows[0]).logits[0, [0, 2]].log_softmax(-1)
+    expected = (before.exp() * (before - after)).sum().item()
+    assert policy.distillation_kl(model, *rows, frozen, states).item() == pytest.approx(expected, rel=1e-4)
