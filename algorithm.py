@@ -29,10 +29,10 @@ class CLAlgorithm:
     keeps_no_data: checkpoints from before a domain's end are removed when it has ended.
 
     The loop sets `trainer`. Hooks may read trainer.args (also .config), .model, .tokenizer, .domain, .step, .phase
-    ("warmup" or "grpo"), .tasks, .trajectory_buffer, .scores ({domain: mean reward} of the last evaluation), and of
-    this step: .refs_P and .rewards_P_G (tasks and rewards of all ranks; NaN: invalid), .trajectories (of all ranks,
-    without messages), .replayed and .replayed_losses (stored conversations and their losses), .batches (this rank's
-    micro-batches, see grpo.collate).
+    ("warmup" or "grpo"), .tasks, .trajectory_buffer, .scores ({domain: mean reward} of the last evaluation), .run (the
+    directory), and of this step: .refs_P and .rewards_P_G (tasks and rewards of all ranks; NaN: invalid),
+    .trajectories (of all ranks, messages as JSON), .replayed and .replayed_losses (stored conversations and their
+    losses), .batches (this rank's micro-batches, see grpo.collate).
     """
 
     Flags = NoFlags  # a dataclass: the flags of train.py that the constructor takes beside its own parameters

@@ -1,4 +1,4 @@
-"""Ranks, gathering between them, seeds, and settings that are checked against their types.
+"""Ranks, gathering between them, seeds; and what every file uses: whole files, checked settings, a clock.
 
 Every other file works alike on one rank and on many.
 """
@@ -6,6 +6,7 @@ Every other file works alike on one rank and on many.
 import datetime
 import json
 import os
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,11 +64,23 @@ def say(text):
         tqdm.write(text)
 
 
-def write_json(path, value):
-    """Written aside and renamed: a kill leaves the old file or the new one."""
+def write_text(path, text):
+    """Writes aside and renames: a kill leaves the old file or the new one."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
+    temporary.write_text(text)
     temporary.replace(path)
+
+
+def write_json(path, value):
+    """See `write_text`."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def append_jsonl(path, records):
+    """One line for each record, on rank 0."""
+    if rank() == 0:
+        with open(path, "a") as lines:
+            lines.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def all_gather_json(value) -> list:
@@ -129,5 +142,19 @@ def one_line(error: Exception) -> str:
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "value_error":  # raised by a validator of ours
         return str(first["ctx"]["error"])
+    if first["type"] == "unexpected_keyword_argument":
+        return f"there is no setting {name!r}"
     rule = first["msg"].replace("Input should be", "must be")
     return f"{name} {rule[0].lower() + rule[1:]}, got {first['input']!r}"
+
+
+class Clock(dict):
+    """Seconds by name: each `lap` adds the time since the one before."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self[name] = self.get(name, 0.0) + now - self.last
+        self.last = now

@@ -7,18 +7,16 @@
 Data flow: model and tasks -> episodes -> rewards -> records -> metrics of each domain.
 """
 
-import concurrent.futures
 import dataclasses
 import datetime
 import functools
 import json
-import os
 import re
 import sys
-from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import joblib
 import tyro
 from annotated_types import MinLen
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -36,9 +34,10 @@ import litellm
 from distributed import StopRun, all_gather_json, barrier, rank, world_size
 from grpo import Trajectory
 from metrics import cl_metrics, measure, overall, text_metrics  # noqa: F401, cl_metrics is for run.py
-from report import compare, read_jsonl, show_conversations, write_text
+from report import compare, read_jsonl, show_conversations
 
 MAX_INVALID_SHARE = 0.5  # of the conversations; with more environment errors the run stops
+AT_ONCE = 256  # conversations with a policy, on each rank
 API_AT_ONCE, API_RETRIES = 16, 3  # conversations with an agent behind an API; repetitions of a failed request
 
 
@@ -54,9 +53,6 @@ class Flags:
     """conversations per task in an evaluation"""
 
 
-# ------------------------------------------------------------------------------------------------------- evaluation
-
-
 def score_and_record(episode, trajectory) -> dict:
     """Sets the trajectory's reward and the episode's `reward_info`, and returns a record of the conversation as JSON.
     If the environment or the evaluator failed, the trajectory becomes invalid and the record's reward is None."""
@@ -70,18 +66,14 @@ def score_and_record(episode, trajectory) -> dict:
             trajectory.valid, trajectory.error = False, f"{type(error).__name__}: {error}"
     return {
         "time": datetime.datetime.now().isoformat(timespec="seconds"),
-        "domain": trajectory.domain,
-        "task_id": trajectory.task_id,
+        **{name: getattr(trajectory, name) for name in ("domain", "task_id", "termination", "error", "truncated")},
         "reward": trajectory.reward if trajectory.valid else None,
         "reward_parts": parts,
         "tool_accuracy": oracle.tool_accuracy(episode),
-        "termination": trajectory.termination,
-        "error": trajectory.error,
         "tokens": sum(trajectory.action_mask),
         "turns": episode.turns,
         "tool_calls": episode.calls,
         "failed_calls": episode.failed_calls,
-        "truncated": trajectory.truncated,
         "messages": [m.model_dump(exclude_none=True, exclude={"timestamp", "requestor"}) for m in episode.messages],
     }
 
@@ -90,11 +82,8 @@ def stop_if_invalid(records):
     """Raises StopRun, with the first error, if more than MAX_INVALID_SHARE of the conversations are invalid."""
     invalid = [r for r in records if r["reward"] is None]
     if len(invalid) > MAX_INVALID_SHARE * len(records):
-        first = invalid[0]
-        raise StopRun(
-            f"{len(invalid)} of {len(records)} conversations ended in an error of the environment; the first, in "
-            f"{first['domain']} task {first['task_id']}: {first['error']}"
-        )
+        where = "{domain} task {task_id}: {error}".format(**invalid[0])
+        raise StopRun(f"{len(invalid)} of {len(records)} conversations ended in an error (the first in {where})")
 
 
 def evaluate_tasks(
@@ -105,44 +94,36 @@ def evaluate_tasks(
     user="scripted",
     max_turns=30,
     seed=0,
-    at_once=256,
     label="evaluate",
     known=(),
-    on_records=None,
-    on_record=None,
+    on_records=lambda records: None,
+    on_record=lambda record, episode: None,
     **sampling,
 ) -> dict:
-    """{domain: metrics (see `measure`), trials and user} of the given tasks, on every rank. Each rank plays `at_once`
-    conversations at a time.
+    """{domain: metrics (see `measure`), trials and user} of the given tasks, on every rank.
 
     `model`: a policy; or the litellm name of a model behind an API, with tokenizer None. `sampling`: arguments of
     rollout.rollout, or of `play_api`. `known`: records of trials that are not played again. `on_records(records)`:
     called with the records of all ranks. `on_record(record, episode)`: called when a conversation ends, on the rank
-    that played it; it may raise to stop. Raises StopRun, see `stop_if_invalid`.
+    that played it; it may change the record, or raise to stop. Raises StopRun, see `stop_if_invalid`.
     """
-    jobs = {
-        (domain, task.id, trial): task
-        for trial in range(num_trials)
-        for domain, tasks in tasks_by_domain.items()
-        for task in tasks
-    }
+    jobs = {(d, task.id, k): task for k in range(num_trials) for d, tasks in tasks_by_domain.items() for task in tasks}
     known = {(r["domain"], r["task_id"], r["trial"]): r for r in known}
-    todo = [(key, task) for key, task in jobs.items() if key not in known]
+    todo = [job for job in jobs.items() if job[0] not in known]
     if isinstance(model, str):
         play = functools.partial(play_api, llm=model, seed=seed, **sampling)
     else:
         generator = distributed.seeded_generator(model.device, seed, rank(), *([len(known)] if known else []))
         play = functools.partial(rollout.rollout, model, tokenizer, generator=generator, **sampling)
     records = []
-    stride = at_once * world_size()
     with tqdm(total=len(todo[rank() :: world_size()]), desc=label, leave=False, disable=rank() > 0) as bar:
 
         def finish(episode, trajectory):
             records.append({**score_and_record(episode, trajectory), "trial": trials[id(episode)]})
             bar.update()
-            if on_record is not None:
-                on_record(records[-1], episode)
+            on_record(records[-1], episode)
 
+        stride = AT_ONCE * world_size()
         for begin in range(0, len(todo), stride):  # as often on every rank: each time sharded models are gathered
             batch = todo[begin : begin + stride][rank() :: world_size()]
             episodes = [oracle.Episode(domain, task, user, max_turns) for (domain, _, _), task in batch]
@@ -151,27 +132,15 @@ def evaluate_tasks(
     records = [record for part in all_gather_json(records) for record in part]
     records += [record for key, record in known.items() if key in jobs]
     stop_if_invalid(records)
-    if on_records is not None:
-        on_records(records)
-    about = {"trials": num_trials, "user": user}
-    return {
-        domain: {**measure([r for r in records if r["domain"] == domain], domain, tasks, num_trials), **about}
-        for domain, tasks in tasks_by_domain.items()
-    }
+    on_records(records)
+    found = {domain: measure(records, domain, tasks, num_trials) for domain, tasks in tasks_by_domain.items()}
+    return {domain: {**metrics, "trials": num_trials, "user": user} for domain, metrics in found.items()}
 
 
 def evaluate(model, tokenizer, domain, split="test", max_tasks=None, **kwargs) -> dict:
     """The metrics of one domain's split; see `evaluate_tasks`."""
     tasks = oracle.load_tasks(domain, split, max_tasks)
     return {"split": split, **evaluate_tasks(model, tokenizer, {domain: tasks}, **kwargs)[domain]}
-
-
-# ------------------------------------------------------------------------------------------ an agent behind an API
-
-
-def is_api_model(name, api_base=None) -> bool:
-    """Whether `name` is the litellm name of a model behind an API."""
-    return api_base is not None or (not Path(name).is_dir() and name.split("/")[0] in litellm.provider_list)
 
 
 def play_api(episodes, llm, on_finish, temperature=0.7, max_new_tokens=2048, **llm_args):
@@ -185,37 +154,25 @@ def play_api(episodes, llm, on_finish, temperature=0.7, max_new_tokens=2048, **l
         try:
             messages = [{"role": "system", "content": episode.system}, *episode.opening()]
             while not episode.done:
-                asked = {"messages": messages, "tools": episode.tools, "tool_choice": "auto"}
-                response = litellm.completion(llm, **asked, **limits, **llm_args)
+                response = litellm.completion(llm, messages, tools=episode.tools, **limits, **llm_args)
                 choice, usage = response.choices[0], response.get("usage")
                 trajectory.action_mask += [True] * (usage.completion_tokens if usage else 0)  # only their number counts
                 trajectory.truncated_turns += choice.finish_reason == "length"
-                calls = [
-                    {"id": f"call_{len(messages)}_{k}", "type": "function", "function": call.function.model_dump()}
-                    for k, call in enumerate(choice.message.tool_calls or [])
-                ]
                 said = {"role": "assistant", "content": choice.message.content or ""}
+                calls = [call.model_dump() for call in choice.message.tool_calls or []]
                 messages.append({**said, "tool_calls": calls} if calls else said)
-                answers = episode.act({**said, "tool_calls": calls})
-                ids = [call["id"] for call in calls] or [None] * len(answers)
-                for answer, call_id in zip(answers, ids, strict=False):
-                    messages.append({**answer, "tool_call_id": call_id} if answer["role"] == "tool" else answer)
+                for k, answer in enumerate(episode.act(messages[-1])):
+                    messages.append({**answer, "tool_call_id": calls[k]["id"]} if answer["role"] == "tool" else answer)
         except Exception as error:  # of the network, the server, or the user: named in the record, and counted
             trajectory.valid = False
             trajectory.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             episode.stop("agent_error")
-        trajectory.termination, trajectory.messages = episode.termination, episode.messages
+        trajectory.termination = episode.termination
         return episode, trajectory
 
-    pool = concurrent.futures.ThreadPoolExecutor(API_AT_ONCE)
-    try:
-        for future in concurrent.futures.as_completed([pool.submit(converse, episode) for episode in episodes]):
-            on_finish(*future.result())
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-# ------------------------------------------------------------------------------------------------------- the script
+    parallel = joblib.Parallel(API_AT_ONCE, prefer="threads", return_as="generator_unordered")
+    for end in parallel(joblib.delayed(converse)(episode) for episode in episodes):
+        on_finish(*end)
 
 
 USUAL = {  # the settings that a checkpoint's run gives, and their defaults
@@ -226,6 +183,7 @@ USUAL = {  # the settings that a checkpoint's run gives, and their defaults
     "model_dtype": policy.Flags.model_dtype,
     "retrieval": oracle.Flags.retrieval,
 }
+ASKED = ("api_base", "judge", "user_api_base", "user_temperature", "seed")
 LIMITS = ("max_context", "max_user_tokens", "max_tool_tokens")
 
 
@@ -237,7 +195,7 @@ class Args:
     """directory or hub name of a causal LM whose chat template takes tools; or a litellm name such as openai/NAME"""
     api_base: str | None = None
     """address of an OpenAI-compatible server of the model"""
-    domains: Annotated[list[str], MinLen(1)] = field(default_factory=lambda: list(oracle.DOMAINS))
+    domains: Annotated[list[str], MinLen(1)] = dataclasses.field(default_factory=lambda: list(oracle.DOMAINS))
     """tau2's domains to evaluate on"""
     split: str | None = None
     """tau2's split. Default: as in the checkpoint's run, else test"""
@@ -268,12 +226,9 @@ class Args:
     seed: NonNegativeInt = 0
     """seed of the sampling"""
     output: str | None = None
-    """directory for the results; trials in it are not repeated. Default: runs/evaluation_MODEL_SPLIT_USER, or
-    runs/comparison"""
-    at_once: PositiveInt = 256
-    """conversations at a time on each rank"""
-    compare: list[str] = field(default_factory=list)
-    """instead, compare these finished runs: Markdown tables, CSV, pictures"""
+    """directory of results, whose trials are kept. Default: runs/evaluation_MODEL_SPLIT_USER, or runs/comparison"""
+    compare: list[str] = dataclasses.field(default_factory=list)
+    """instead, compare these finished runs: tables, CSV, pictures"""
     show: str | None = None
     """instead, print conversations of this run or evaluation, the smallest reward first"""
     worst: PositiveInt = 5
@@ -293,10 +248,9 @@ def resolved(name, prefix="") -> str:
 def complete(args: Args) -> tuple[Args, dict, dict]:
     """(args with their defaults, the settings that decide the outcome of a trial as JSON, tasks by domain). Raises
     ValueError for what cannot be evaluated."""
+    args = distributed.checked(Args, vars(args))
     if args.model_name_or_path is None:
         raise ValueError("name a model with --model_name_or_path, or runs with --compare")
-    if len(set(args.domains)) != len(args.domains):
-        raise ValueError(f"domains must name each domain once, got {args.domains}")
     users.check(args.user)
     model = Path(args.model_name_or_path)
     run = model.resolve().parent.parent / "config.json"  # of the run that wrote this checkpoint
@@ -306,53 +260,42 @@ def complete(args: Args) -> tuple[Args, dict, dict]:
     args = dataclasses.replace(args, **{name: of_run[name] for name in USUAL if getattr(args, name) is None})
     oracle.use_judge(args.judge, args.judge_api_base)
     oracle.use_retrieval(args.retrieval)
-    names = ("api_base", "judge", "user_api_base", "user_temperature", "seed", *USUAL)
     settings = {
         "model": resolved(args.model_name_or_path),
         "user": resolved(args.user, "policy:"),
-        **{name: getattr(args, name) for name in names},
+        **{name: getattr(args, name) for name in (*ASKED, *USUAL)},
         **{name: config.get(name) for name in LIMITS},
         **oracle.data_version(),
     }
     tasks = {domain: oracle.load_tasks(domain, args.split, args.max_tasks) for domain in args.domains}
-    for domain in set(chosen) & set(tasks):
-        tasks[domain] = [task for task in tasks[domain] if task.id in chosen[domain]]
+    tasks |= {d: [task for task in tasks[d] if task.id in chosen[d]] for d in tasks if d in chosen}
     return args, settings, tasks
 
 
 def read_trials(folder) -> list[dict]:
-    """The trials in a folder, each once."""
-    records = [record for path in sorted(folder.glob("trials*.jsonl")) for record in read_jsonl(path)]
+    """The trials in a folder, each once: the valid one, if there are several."""
+    records = [r for path in sorted(folder.glob("trials*.jsonl")) for r in read_jsonl(path)]
+    records.sort(key=lambda r: r["reward"] is not None)
     return list({(r["domain"], r["task_id"], r["trial"]): r for r in records}.values())
-
-
-def merge_trials(folder) -> list[dict]:
-    """Puts the trials of all ranks into one file, trials.jsonl. A kill at any moment loses none."""
-    records = read_trials(folder)
-    write_text(folder / "trials.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    for path in folder.glob("trials_*.jsonl"):
-        path.unlink()
-    return records
 
 
 def open_folder(folder, settings) -> list[dict]:
     """Makes the folder, or continues it. Returns its valid trials. Raises ValueError if it has other contents, or
     trials with other settings."""
     path = folder / "config.json"
-    before = json.loads(path.read_text()) if path.is_file() else settings
-    for name in settings:
-        if before.get(name) != settings[name]:
-            made = f"were made with {name} {before.get(name)}, not {settings[name]}"
-            raise ValueError(f"the trials in {folder} {made}; choose another --output")
     if not path.is_file() and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no evaluation; choose another --output")
-    barrier()  # every rank has looked
+    before = json.loads(path.read_text()) if path.is_file() else settings
+    for name, value in settings.items():
+        if before.get(name) != value:
+            made = f"were made with {name} {before.get(name)}, not {value}"
+            raise ValueError(f"the trials in {folder} {made}; choose another --output")
+    known = [record for record in read_trials(folder) if record["reward"] is not None]
+    barrier()  # every rank has read them
+    folder.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         distributed.write_json(path, settings)
-        merge_trials(folder)
-    barrier()
-    return [record for record in read_trials(folder) if record["reward"] is not None]
+    return known
 
 
 def run_evaluation(args: Args):
@@ -362,38 +305,37 @@ def run_evaluation(args: Args):
     slug = re.sub(r"[^\w.-]+", "_", f"{settings['model']}_{settings['split']}_{settings['user']}")
     folder = Path(args.output or f"runs/evaluation_{slug}")
     sampling = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
-    if is_api_model(args.model_name_or_path, args.api_base):
-        model, tokenizer = args.model_name_or_path, None
+    model, tokenizer = args.model_name_or_path, None
+    if args.api_base is not None or (not Path(model).is_dir() and model.split("/")[0] in litellm.provider_list):
         sampling |= users.served_at(args.api_base)
     else:
-        model, tokenizer = policy.load_policy(args.model_name_or_path, args.model_dtype, device)
+        model, tokenizer = policy.load_policy(model, args.model_dtype, device)
         sampling |= {name: settings[name] for name in LIMITS}
     known = open_folder(folder, settings)
     users.prepare(args.user, args.user_api_base, args.user_temperature, args.model_dtype, device, seed=args.seed)
 
     def keep(record, episode):
         simulation = oracle.simulation(episode, episode.reward_info, record["trial"], args.seed)
-        rest = {name: value for name, value in record.items() if name != "messages"}
+        record["simulation"] = simulation.model_dump(mode="json")
+        del record["messages"]  # the simulation has them
         with open(folder / f"trials_{rank()}.jsonl", "a") as lines:
-            lines.write(json.dumps({**rest, "simulation": simulation.model_dump(mode="json")}) + "\n")
+            lines.write("\n" + json.dumps(record))  # on a line of its own, even if a kill cut the last one short
 
+    trials = []
     about = {"user": args.user, "max_turns": args.max_turns, "seed": args.seed}
-    playing = {"at_once": args.at_once, "known": known, "on_record": keep}
-    metrics = evaluate_tasks(model, tokenizer, tasks, args.num_trials, **about, **playing, **sampling)
-    barrier()
+    sampling |= {"known": known, "on_record": keep, "on_records": trials.extend}
+    metrics = evaluate_tasks(model, tokenizer, tasks, args.num_trials, **about, **sampling)
     if rank() > 0:
         return
-    wanted = {(domain, task.id, k) for domain in tasks for task in tasks[domain] for k in range(args.num_trials)}
-    trials = [r for r in merge_trials(folder) if (r["domain"], r["task_id"], r["trial"]) in wanted]
     metrics["overall"] = overall(metrics, trials, tasks)
     distributed.write_json(folder / "metrics.json", {**settings, "num_trials": args.num_trials, "metrics": metrics})
     (folder / "tau2").mkdir(exist_ok=True)
+    about |= {"model": settings["model"], "num_trials": args.num_trials}
     for domain in tasks:
         simulations = [r["simulation"] for r in trials if r["domain"] == domain and r["reward"] is not None]
-        about |= {"model": settings["model"], "num_trials": args.num_trials}
         oracle.tau2_results(domain, tasks[domain], simulations, **about).save(folder / "tau2" / f"{domain}.json")
     table = text_metrics(metrics)
-    write_text(folder / "table.md", table + "\n")
+    (folder / "table.md").write_text(table + "\n")
     print(f"{settings['model']}, {args.split} split, {args.user} user, {settings['tau2']}\n\n{table}\n\n{folder}")
 
 
@@ -401,8 +343,7 @@ def main():
     try:
         args = distributed.checked(Args, vars(tyro.cli(Args)))
         if args.show:
-            colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-            print(show_conversations(args.show, args.worst, args.task, args.unfold, colour))
+            print(show_conversations(args.show, args.worst, args.task, args.unfold))
         elif args.compare:
             output = args.output or "runs/comparison"
             print(f"{compare(args.compare, output)}\n\n{output}/comparison.png, learning_curves.png, comparison.csv")

@@ -24,6 +24,11 @@ def pass_hat_k(successes, trials, k) -> float:
     return math.comb(successes, k) / math.comb(trials, k)
 
 
+def mean(values) -> float:
+    """The mean; 0 without values."""
+    return float(np.mean(values)) if len(values) else 0.0
+
+
 def cl_metrics(R, baseline=None, joint=None) -> dict:
     """Continual-learning metrics of R (T, T), R[i, j] = score on task j after training task i. Higher is better; negate
     errors first. `baseline` (T,): scores before any training. `joint` (T,): scores of one model trained on all tasks.
@@ -42,15 +47,10 @@ def cl_metrics(R, baseline=None, joint=None) -> dict:
     R = np.array(R, dtype=float)
     if R.ndim != 2 or R.shape[0] != R.shape[1] or len(R) == 0:
         raise ValueError(f"R must be a square matrix, got the shape {R.shape}")
-    for name, values in (("baseline", baseline), ("joint", joint)):
-        if values is not None and len(values) != len(R):
-            raise ValueError(f"{name} must have {len(R)} entries, got {len(values)}")
-
-    def mean(values):
-        return round(float(values.mean()), 12) if len(values) else 0.0
-
+    if any(values is not None and len(values) != len(R) for values in (baseline, joint)):
+        raise ValueError(f"baseline and joint must have {len(R)} entries, as R has")
     old, diagonal = R[-1, :-1], np.diag(R)
-    return {
+    found = {
         "average": mean(R[-1]),
         "backward_transfer": mean(old - diagonal[:-1]),
         "forward_transfer": None if baseline is None else mean(np.diag(R, 1) - np.array(baseline)[1:]),
@@ -58,6 +58,7 @@ def cl_metrics(R, baseline=None, joint=None) -> dict:
         "intransigence": None if joint is None else mean(np.array(joint) - diagonal),
         "old_task_mean": mean(old),
     }
+    return {name: value if value is None else round(value, 12) for name, value in found.items()}
 
 
 def bootstrap(*strata, resamples=10_000, seed=0) -> tuple[float, float]:
@@ -85,14 +86,11 @@ def measure(records, domain, tasks, num_trials) -> dict:
     of gold actions taken), turns, truncated (a share), invalid and tasks (numbers), reward_parts (the mean of each),
     and the scores of doing nothing: do_nothing_rate, do_nothing_parts. Invalid conversations count in turns, truncated
     and invalid only."""
+    records = [r for r in records if r["domain"] == domain]
     valid = [r for r in records if r["reward"] is not None]
     rewards = [r["reward"] for r in valid]
-    by_task = rewards_by_task(valid, domain, tasks)
+    by_task = rewards_by_task(records, domain, tasks)
     low, high = bootstrap([np.mean(found) for found in by_task])
-
-    def mean(values):
-        return float(np.mean(values)) if len(values) else 0.0
-
     metrics = {
         "reward_mean": mean(rewards),
         "reward_low": low,
@@ -117,7 +115,7 @@ def measure(records, domain, tasks, num_trials) -> dict:
 def overall(metrics, records, tasks) -> dict:
     """Means over the domains, with equal weights. The interval is over tasks within domains."""
     names = [name for name, value in next(iter(metrics.values())).items() if isinstance(value, float)]
-    found = {name: float(np.mean([values[name] for values in metrics.values()])) for name in names}
+    found = {name: mean([values[name] for values in metrics.values()]) for name in names}
     strata = [[np.mean(r) for r in rewards_by_task(records, domain, chosen)] for domain, chosen in tasks.items()]
     found["reward_low"], found["reward_high"] = bootstrap(*strata)
     return {**found, **{name: sum(values[name] for values in metrics.values()) for name in ("invalid", "tasks")}}

@@ -124,30 +124,28 @@ def load_policy(
     device=None,
     lora_rank=0,
     seed=0,
-    weights_dtype="float32",
     corpus=None,
     attn_implementation=None,
     gradient_checkpointing=False,
 ):
     """(model, tokenizer) of a Hugging Face causal LM, or of the embedded "tiny" policy.
 
-    `dtype`: the type to compute in, by autocast. `weights_dtype`: the type of the weights (float32 for training: Adam
-    at 1e-6 hardly moves bfloat16 weights). `corpus`: the texts that tiny's tokenizer is trained on. `device`: default
-    the GPU, if there is one. `lora_rank` > 0: only float32 LoRA adapters (Hu et al. 2021, arXiv:2106.09685) on every
+    `dtype`: the type to compute in, by autocast. The weights are float32, because Adam at 1e-6 hardly moves bfloat16
+    weights. `corpus`: the texts that tiny's tokenizer is trained on. `device`: default the GPU, if there is one.
+    `lora_rank` > 0: only float32 LoRA adapters (Hu et al. 2021, arXiv:2106.09685) on every
     linear layer but the head are trained; frozen weights are kept in `dtype`. A directory with an adapter is loaded
     with it. `attn_implementation`: as in transformers (eager, sdpa, ...). `gradient_checkpointing`: layers are computed
     again in the backward pass.
     Raises ValueError for an unknown dtype, a missing directory, a model without full attention in every layer, a
     tokenizer without a chat template, or one whose turns or tool calls cannot be handled.
     """
-    for value in (dtype, weights_dtype):
-        if value not in DTYPES:
-            raise ValueError(f"unknown dtype {value!r}; choose one of {', '.join(DTYPES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if lora_rank < 0:
         raise ValueError(f"lora_rank must be 0 (train every weight) or more, got {lora_rank}")
     _check_directory(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kept = DTYPES[dtype if lora_rank else weights_dtype]
+    kept = DTYPES[dtype] if lora_rank else torch.float32
     try:
         if name_or_path == "tiny":
             model, tokenizer = _tiny(corpus, seed, attn_implementation)
@@ -214,10 +212,8 @@ def _check_model(model, name):
 def _add_lora(model, rank, seed):
     """Adds adapters to the linear layers in place (a loaded adapter is trained on): the model keeps its class and the
     names of its weights."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ValueError("lora_rank needs the package peft; pip install peft") from error
+    from peft import LoraConfig
+
     if rank > model.config.hidden_size:
         raise ValueError(f"lora_rank must be at most the model's width of {model.config.hidden_size}, got {rank}")
     if not getattr(model, "_hf_peft_config_loaded", False):

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from algorithm import CLAlgorithm, JointCL, SequentialCL  # noqa: F401 (replay's public names)
+from distributed import write_text
 from grpo import Share, TaskRef, Trajectory
 
 Strategy = Literal["random", "high_reward", "recent", "balanced"]
@@ -299,9 +300,7 @@ class TrajectoryBuffer:
     def save(self, path):
         """Writes JSON, aside and renamed: the file is whole or not there."""
         saved = {"rng": self.rng.bit_generator.state, "buffers": {d: asdict(b) for d, b in self.buffers.items()}}
-        temporary = Path(f"{path}.tmp")
-        temporary.write_text(json.dumps(saved))
-        temporary.replace(path)
+        write_text(path, json.dumps(saved))
 
     def load(self, path):
         """Takes back what `save` wrote. Raises ValueError for a file that is damaged."""

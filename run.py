@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 import torch
 import transformers
 from pydantic import PositiveInt
@@ -27,7 +28,17 @@ import report
 import rollout
 import users
 from algorithm import CLAlgorithm, load_algorithm, own_attributes
-from distributed import StopRun, all_gather_json, one_line, rank, say, seeded_generator, world_size, write_json
+from distributed import (
+    StopRun,
+    all_gather_json,
+    append_jsonl,
+    one_line,
+    rank,
+    say,
+    seeded_generator,
+    world_size,
+    write_json,
+)
 from grpo import TaskRef, Trajectory
 from replay import TrajectoryBuffer
 
@@ -111,18 +122,6 @@ class Trainer:
         """Random numbers that depend on the seed, the rank and the position in the run only."""
         position = (self.args.task_order.index(self.domain), purpose, step, distributed.rank())
         return seeded_generator(self.model.device, self.args.seed, *position)
-
-
-class Clock(dict):
-    """Seconds by name: each `lap` adds the time since the one before."""
-
-    def __init__(self):
-        self.last = time.perf_counter()
-
-    def lap(self, name):
-        now = time.perf_counter()
-        self[name] = self.get(name, 0.0) + now - self.last
-        self.last = now
 
 
 # ---------------------------------------------------------------------------------------------------------- opening
@@ -285,13 +284,6 @@ def command_line() -> str | None:
 # --------------------------------------------------------------------------------------------------------------- logs
 
 
-def append_jsonl(path, records):
-    """One line for each record, on rank 0."""
-    if rank() == 0:
-        with open(path, "a") as lines:
-            lines.writelines(json.dumps(record) + "\n" for record in records)
-
-
 def log_conversations(trainer: Trainer, records):
     """A step's conversations, of all ranks, go into trajectories.jsonl."""
     for k, record in enumerate(records):
@@ -310,17 +302,11 @@ def log(trainer, record):
         trainer.writer.flush()
 
 
-def scalars(record, prefix="") -> dict[str, float]:
+def scalars(record) -> dict[str, float]:
     """The numbers of a record, nested ones too, by names such as step/reward and evaluation/domain/scores/airline."""
     name = "/".join(str(record[key]) for key in ("kind", "stage") if key in record)
-    found = {}
-    for key, value in record.items():
-        path = f"{prefix or name}/{key}"
-        if isinstance(value, dict):
-            found.update(scalars(value, path))
-        elif isinstance(value, (int, float)):  # and bool
-            found[path] = float(value)
-    return found
+    [flat] = pd.json_normalize(record, sep="/").to_dict("records")
+    return {f"{name}/{key}": float(value) for key, value in flat.items() if isinstance(value, (int, float))}
 
 
 def check_trackers(args):
@@ -353,6 +339,24 @@ def open_writer(args, run):
 # ------------------------------------------------------------------------------------------------------ of one step
 
 
+@torch.no_grad()
+def add_reference_logprobs(trainer: Trainer):
+    """Adds to each micro-batch the log-probabilities of the policy before any training, and of the reference policy of
+    the KL penalty."""
+    args, model = trainer.args, trainer.model
+    policies = {"initial_logprobs": trainer.initial}
+    if args.kl_coef > 0 and args.kl_reference == "domain":
+        policies["ref_logprobs"] = trainer.reference
+    for name, weights in policies.items():
+        with policy.weights_of(model, weights):
+            for batch in trainer.batches:
+                inputs = (batch["ids"], batch["attention_mask"], args.temperature, batch["mask"])
+                batch[name] = policy.token_logprobs(model, *inputs)
+    if args.kl_coef > 0 and args.kl_reference == "initial":
+        for batch in trainer.batches:
+            batch["ref_logprobs"] = batch["initial_logprobs"]
+
+
 def stop_diverged(trainer: Trainer, trajectories, norm):
     """Leaves this rank's batch for inspection and raises StopRun on every rank."""
     path = trainer.run / f"not_finite_rank{rank()}.json"
@@ -365,8 +369,8 @@ def stop_diverged(trainer: Trainer, trajectories, norm):
 
 
 def all_trajectories(trainer: Trainer, trajectories, records) -> list[Trajectory]:
-    """The usable conversations of all ranks, with messages as JSON; none if no algorithm uses them."""
-    if not any(a.uses_trajectories for a in trainer.algorithms):
+    """The usable conversations of all ranks, with messages as JSON; none if nothing uses them."""
+    if trainer.trajectory_buffer is None and not any(a.uses_trajectories for a in trainer.algorithms):
         return []
     usable = [t.usable(trainer.args.mask_truncated) for t in trajectories]
     rows = [
@@ -418,29 +422,27 @@ def evaluate(trainer: Trainer, stop, stage, domains, step) -> dict[str, float]:
 
 def step_metrics(trainer: Trainer, records, clock) -> dict:
     """What the conversations of a step (of all ranks) say."""
-    valid = [r for r in records if r["reward"] is not None]
-    by_domain = {}
-    for r in valid:
-        by_domain.setdefault(r["domain"], []).append(r["reward"])
-    new = torch.tensor([reward for domain in trainer.domains for reward in by_domain.get(domain, [])] or [0.0])
-    passed = {domain: [reward >= grpo.PASS for reward in values] for domain, values in by_domain.items()}
+    frame = pd.DataFrame(records).astype({"reward": float})
+    valid = frame.dropna(subset="reward")
+    by_domain = valid.groupby("domain")["reward"]
+    new = valid["reward"][valid["domain"].isin(trainer.domains)]
     return {
         "kind": "step",
         "domain": trainer.domain,
-        "reward": new.mean().item(),
-        "reward_std": new.std(correction=0).item(),
-        "reward_max": new.max().item(),
-        "reward_by_domain": {domain: statistics.fmean(values) for domain, values in by_domain.items()},
-        "pass_rate_by_domain": {domain: statistics.fmean(values) for domain, values in passed.items()},
+        "reward": float(new.mean()) if len(new) else 0.0,
+        "reward_std": float(new.std(ddof=0)) if len(new) else 0.0,
+        "reward_max": float(new.max()) if len(new) else 0.0,
+        "reward_by_domain": by_domain.mean().to_dict(),
+        "pass_rate_by_domain": by_domain.agg(lambda rewards: (rewards >= grpo.PASS).mean()).to_dict(),
         "zero_variance_groups": 1.0 - grpo.varied(trainer.rewards_P_G).float().mean().item(),
         "replayed_groups": statistics.fmean(ref.domain not in trainer.domains for ref in trainer.refs_P),
-        "turns": statistics.fmean(r["turns"] for r in records),
-        "tool_error_share": sum(r["failed_calls"] for r in records) / max(1, sum(r["tool_calls"] for r in records)),
-        "truncated": statistics.fmean(r["truncated"] for r in records),
-        "invalid": len(records) - len(valid),
+        "turns": float(frame["turns"].mean()),
+        "tool_error_share": float(frame["failed_calls"].sum() / max(1, frame["tool_calls"].sum())),
+        "truncated": float(frame["truncated"].mean()),
+        "invalid": len(frame) - len(valid),
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "skipped_in_a_row": trainer.state["skipped_in_a_row"],
-        "tokens_per_second": sum(r["tokens"] for r in records) / clock["rollout_seconds"],
+        "tokens_per_second": float(frame["tokens"].sum() / clock["rollout_seconds"]),
         **({"replayed_conversations": len(trainer.replayed)} if trainer.replayed else {}),
         **clock,
     }

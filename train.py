@@ -197,7 +197,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
             continue
         trainer.domain, trainer.phase = args.task_order[stage], phase
         domain, domains = trainer.domain, trainer.domains
-        clock = run.Clock()
+        clock = distributed.Clock()
         bar.set_description(f"{trainer.stages[stage]}: {phase}")
         bar.update(position - bar.n)
 
@@ -241,7 +241,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
             counts = distributed.sum_over_ranks(grpo.counts(trained, stored))
             trainer.batches = batches(trainer, trained) + batches(trainer, stored)
             if phase == "grpo":
-                add_reference_logprobs(trainer)
+                run.add_reference_logprobs(trainer)
             set_learning_rate(trainer, step, conversations + len(trainer.replayed))
             history = []  # of each iteration: the statistics of all ranks' micro-batches
             extra, norm = None, 0.0
@@ -382,24 +382,6 @@ def batches(trainer: Trainer, trajectories) -> list[dict]:
     rows = [*trajectories, nothing]
     found = [grpo.collate([rows[i] for i in part], args.gamma, device, pad) for part in parts]
     return [{**batch, "indices": part} for batch, part in zip(found, parts, strict=True)]
-
-
-@torch.no_grad()
-def add_reference_logprobs(trainer: Trainer):
-    """Adds to each micro-batch the log-probabilities of the policy before any training, and of the reference policy of
-    the KL penalty."""
-    args, model = trainer.args, trainer.model
-    policies = {"initial_logprobs": trainer.initial}
-    if args.kl_coef > 0 and args.kl_reference == "domain":
-        policies["ref_logprobs"] = trainer.reference
-    for name, weights in policies.items():
-        with policy.weights_of(model, weights):
-            for batch in trainer.batches:
-                inputs = (batch["ids"], batch["attention_mask"], args.temperature, batch["mask"])
-                batch[name] = policy.token_logprobs(model, *inputs)
-    if args.kl_coef > 0 and args.kl_reference == "initial":
-        for batch in trainer.batches:
-            batch["ref_logprobs"] = batch["initial_logprobs"]
 
 
 def set_learning_rate(trainer: Trainer, step, conversations):

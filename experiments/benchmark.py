@@ -7,11 +7,10 @@
 Times on a shared machine are noisy: compare ratios within one run.
 """
 
-import itertools
 import re
-import statistics
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from timeit import timeit
@@ -20,24 +19,25 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import distributed  # sets what transformers reads when it is imported
+from distributed import checked  # sets what transformers reads when it is imported
 
 # isort: split
 import numpy as np
-import pydantic
+import pandas
 import torch
 import transformers
+import tyro
 from pydantic import Field, PositiveInt
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import rollout
 from chat import ChatFormat
-from experiments.runner import parse
 from grpo import policy_loss
 from policy import DTYPES, autocast, load_policy, token_logprobs
 from replay import Buffer, add, brs_slot, labrs_slot, lars_slot
 
 STATUS = Path("/proc/self/status")  # of Linux
+NEW_TOKENS, TOOL_TOKENS = 32, 64  # per turn: sampled, and of its answer
 ACTION_SHARE = 0.25  # of the update's tokens
 ORACLE_TASKS = 10  # per domain
 SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
@@ -49,7 +49,7 @@ SHAPES = {  # of Qwen2.5, in the order of SIZES
 }
 
 
-@pydantic.dataclasses.dataclass(config=distributed.CHECKED, kw_only=True)
+@dataclass(kw_only=True)
 class Args:
     """Times rollouts and updates against the plain ways, on random weights in the shape of a model."""
 
@@ -57,8 +57,6 @@ class Args:
     """shape of the model: tiny, or one of Qwen2.5's"""
     layers: PositiveInt | None = None
     """keep this many layers. Default: all"""
-    dtype: Literal[*DTYPES] | None = None
-    """type to compute in. Default: bfloat16 on a GPU, float32 elsewhere"""
     tasks: PositiveInt = 4
     """tasks. All conversations share the prompt but for its last tokens, which differ by task"""
     samples: PositiveInt = 4
@@ -67,10 +65,6 @@ class Args:
     """agent turns per conversation"""
     prompt_tokens: PositiveInt = 1024
     """tokens of the shared system prompt"""
-    new_tokens: PositiveInt = 32
-    """sampled tokens per turn"""
-    tool_tokens: PositiveInt = 64
-    """tokens of the answer to a turn"""
     update_tokens: Annotated[int, Field(ge=2)] = 2048
     """tokens of the one sequence that the update is timed on; a quarter of them were sampled"""
     repeats: PositiveInt = 3
@@ -103,7 +97,7 @@ class TimedEpisode:
     def act(self, message):
         self.messages.append(message)
         self.done = len(self.messages) == self.args.turns
-        return [] if self.done else [{"role": "tool", "content": self.text(self.args.tool_tokens, self.words)}]
+        return [] if self.done else [{"role": "tool", "content": self.text(TOOL_TOKENS, self.words)}]
 
 
 def play_generate(model, tokenizer, episodes, max_new_tokens, max_context):
@@ -137,90 +131,72 @@ def reset_peak(device):
         STATUS.with_name("clear_refs").write_text("5")
 
 
-def timed(ways, repeats, device):
-    """{name: (seconds of the fastest run, peak bytes, result)}. The ways take turns, so that noise meets all alike."""
-    measured = {}
+def show_times(ways, repeats, device):
+    """Prints a table of the fastest run of each way, compared with the first way. A way is a function that returns its
+    number of tokens. The ways take turns, so that noise meets all alike."""
+    fastest = {}
     for _ in range(repeats):
         for name, way in ways.items():
             reset_peak(device)
             before, start = memory(device), time.perf_counter()
-            result = way()
+            tokens = way()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
-            if name not in measured or seconds < measured[name][0]:
-                measured[name] = (seconds, memory(device, peak=True) - before, result)
-    return measured
+            if name not in fastest or seconds < fastest[name]["seconds"]:
+                peak = (memory(device, peak=True) - before) / 1e9
+                fastest[name] = {"seconds": seconds, "tokens/s": tokens / seconds, "peak GB beyond the weights": peak}
+    table = pandas.DataFrame(fastest).T
+    table.insert(2, "speed-up", table["tokens/s"] / table["tokens/s"].iloc[0])
+    print(table.to_markdown(floatfmt=".2f"))
 
 
 def time_rollouts(args, model, tokenizer):
-    """Prints a table of the ways to play the same conversations."""
-    computed = []
-    model.get_decoder().register_forward_pre_hook(
-        lambda module, inputs, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    length = args.prompt_tokens + args.turns * (args.new_tokens + 2 * args.tool_tokens) + 256
+    """Times the ways to play the same conversations, by sampled tokens."""
+    limits = {"max_new_tokens": NEW_TOKENS}
+    limits["max_context"] = args.prompt_tokens + args.turns * (NEW_TOKENS + 2 * TOOL_TOKENS) + 256
 
-    def play(how):
-        computed.clear()
+    def play(engine):
         episodes = [TimedEpisode(n, args, tokenizer) for n in range(args.tasks) for _ in range(args.samples)]
-        limits = {"max_new_tokens": args.new_tokens, "max_context": length}
-        if how == "generate":
+        if engine == "generate":
             played = play_generate(model, tokenizer, episodes, **limits)
         else:
             generator = torch.Generator(model.device).manual_seed(0)
-            played = rollout.rollout(model, tokenizer, episodes, **limits, generator=generator, engine=how)
-        # A token counts once for all conversations that are equal up to it.
-        hashes = [itertools.accumulate(t.token_ids, lambda *pair: hash(pair), initial=0) for t in played]
-        distinct = len(set(itertools.chain(*hashes))) - 1
-        return sum(sum(t.action_mask) for t in played), sum(computed) / distinct
+            played = rollout.rollout(model, tokenizer, episodes, **limits, generator=generator, engine=engine)
+        return sum(sum(t.action_mask) for t in played)
 
-    ways = {how: partial(play, how) for how in ("generate", "padded", "paged")}
-    measured = timed(ways, args.repeats, model.device)
-    print("\n| rollouts | seconds | sampled tokens/s | times `generate` | computed / distinct tokens | peak GB |")
-    print("|---|---|---|---|---|---|")
-    plain = measured["generate"][2][0] / measured["generate"][0]
-    for name, (seconds, peak, (tokens, share)) in measured.items():
-        speed = tokens / seconds
-        print(f"| {name} | {seconds:.2f} | {speed:.0f} | {speed / plain:.2f} | {share:.2f} | {peak / 1e9:.2f} |")
+    engines = ("generate", "padded", "paged")
+    show_times({engine: partial(play, engine) for engine in engines}, args.repeats, model.device)
+
+
+def all_logits(model, ids, attention):
+    """The log-probabilities of `policy.token_logprobs`, from the logits of all tokens at once."""
+    with autocast(model):
+        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+    logprobs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return torch.cat([logprobs.new_zeros(1, 1), logprobs], 1)
 
 
 def time_update(args, model):
-    """Prints a table of the ways to compute a loss and its gradient on one long sequence."""
+    """Times the ways to compute a loss and its gradient on one long sequence."""
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (1, args.update_tokens), generator=rng).to(model.device)
     mask = (torch.rand(ids.shape, generator=rng) < ACTION_SHARE).to(model.device)
     attention = torch.ones_like(ids)
 
-    def plain():
-        with autocast(model):
-            logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
-        logprobs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        return torch.cat([logprobs.new_zeros(1, 1), logprobs], 1)
-
-    def gradient(logprobs):
-        loss, _ = policy_loss(logprobs, logprobs.detach(), torch.ones(1, device=model.device), mask)
-        loss.backward()
-        squares = torch.stack([p.grad.float().square().sum() for p in model.parameters()])
+    def update(logprobs_of):
+        logprobs = logprobs_of(model, ids, attention)
+        policy_loss(logprobs, logprobs.detach(), torch.ones(1, device=model.device), mask)[0].backward()
         model.zero_grad()
-        return squares.sum().sqrt().item()
+        return args.update_tokens
 
-    ways = {
-        "all logits": lambda: gradient(plain()),
-        "token_logprobs": lambda: gradient(token_logprobs(model, ids, attention, mask_B_T=mask)),
-    }
-    measured = timed(ways, args.repeats, model.device)
-    print("\n| update | seconds | tokens/s | times all logits | peak GB beyond the weights | gradient norm |")
-    print("|---|---|---|---|---|---|")
-    base = measured["all logits"][0]
-    for name, (seconds, peak, norm) in measured.items():
-        speed = f"{args.update_tokens / seconds:.0f} | {base / seconds:.2f}"
-        print(f"| {name} | {seconds:.2f} | {speed} | {peak / 1e9:.2f} | {norm:.5f} |")
+    ways = {"all logits": all_logits, "token_logprobs": partial(token_logprobs, mask_B_T=mask)}
+    show_times({name: partial(update, way) for name, way in ways.items()}, args.repeats, model.device)
 
 
 def time_policy(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
     torch.manual_seed(0)
     _, tokenizer = load_policy("tiny", "float32", "cpu")
     sizes = dict(zip(SIZES.split(), SHAPES[args.shape], strict=True))
@@ -242,46 +218,50 @@ def time_policy(args):
 
 
 def time_oracle(args):
-    """Prints median milliseconds per environment and per reward, tau2's against ours, on the same conversations."""
+    """Prints median milliseconds per environment and per reward, tau2's and ours, on the same conversations."""
     import oracle
     from environment import make_env, registry
 
-    print(f"{'':8s} {'environment':>24s} {'ratio':>6s}   {'reward':>24s} {'ratio':>6s}   (median ms, tau2 / ours)")
+    rows = {}
     for domain in oracle.DOMAINS:
         tasks = oracle.load_tasks(domain, "base")
-        tasks = tasks[:: max(1, len(tasks) // ORACLE_TASKS)][:ORACLE_TASKS]
         build, times = registry.get_env_constructor(domain), []
-        for task in tasks:
+        for task in tasks[:: max(1, len(tasks) // ORACLE_TASKS)][:ORACLE_TASKS]:
             episode = oracle.demonstrate(domain, task)
             oracle.score(episode)  # computes the task's gold changes, which are kept
-            ways = (
-                (partial(build, solo_mode=episode.solo), 1),
-                (partial(make_env, domain, task, episode.solo), 5),
-                (partial(oracle.tau2_score, episode), 1),
-                (partial(oracle.score, episode), 5),
-            )
-            times.append([1e3 * timeit(way, number=repeats) / repeats for way, repeats in ways])
-        a, b, c, d = (statistics.median(column) for column in zip(*times, strict=True))
-        print(f"{domain:8s} {a:14.1f} / {b:7.2f} {a / b:5.0f}x   {c:14.1f} / {d:7.2f} {c / d:5.0f}x")
+            ways = {
+                "environment, tau2": partial(build, solo_mode=episode.solo),
+                "environment, ours": partial(make_env, domain, task, episode.solo),
+                "reward, tau2": partial(oracle.tau2_score, episode),
+                "reward, ours": partial(oracle.score, episode),
+            }
+            times.append({name: 1e3 * timeit(way, number=3) / 3 for name, way in ways.items()})
+        rows[domain] = pandas.DataFrame(times).median()
+    print(pandas.DataFrame(rows).T.to_markdown(floatfmt=".2f"))
 
 
 def time_buffers(args, capacity=1000):
-    """Prints how often per second a full buffer chooses the slot of an accepted item, and takes any offer."""
+    """Prints how often per second a full buffer takes an offer, and chooses the slot of an accepted item."""
     rng = np.random.default_rng(0)
     buffer = Buffer(capacity)
     for item in range(capacity):
         add(buffer, item, label=int(rng.integers(10)), loss=rng.random(), rng=rng)
     ways = {
-        "slots by brs": lambda: brs_slot(buffer.labels, rng),
-        "slots by lars": lambda: lars_slot(buffer.losses, rng),
-        "slots by labrs": lambda: labrs_slot(buffer.losses, buffer.labels, rng),
-        "offers to a reservoir": lambda: add(buffer, 0, rng=rng),
+        "reservoir": lambda: add(buffer, 0, rng=rng),
+        "brs": lambda: brs_slot(buffer.labels, rng),
+        "lars": lambda: lars_slot(buffer.losses, rng),
+        "labrs": lambda: labrs_slot(buffer.losses, buffer.labels, rng),
     }
     for name, way in ways.items():
         print(f"{name}: {20_000 / timeit(way, number=20_000):.0f} per second, {capacity} items")
 
 
 if __name__ == "__main__":
-    args = parse(Args)
+    args = tyro.cli(Args)
+    try:
+        checked(Args, vars(args))
+    except ValueError as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     benchmark = time_oracle if args.oracle else time_buffers if args.buffers else time_policy
     benchmark(args)

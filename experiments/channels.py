@@ -1,10 +1,9 @@
 """Buffers and penalties compared on a supervised problem: predicting the next MIMO channel.
 
-    python experiments/channels.py --seeds 0 1 2 3 4     tables, CSV and pictures in runs/channel_prediction
-    python experiments/channels.py --laws                what each buffer policy keeps of a stream
+    python experiments/channels.py --seeds 0 1 2 3 4     table and pictures in runs/channel_prediction
 
 An LSTM learns three scenarios of 3GPP TR 38.901, one after the other.
-Data flow: generate_channels -> channel_windows -> run_arm for each arm and seed, in processes -> tables, pictures.
+Data flow: generate_channels -> channel_windows -> run_arm for each arm and seed, in processes -> table, pictures.
 """
 
 import math
@@ -17,16 +16,14 @@ from typing import Annotated, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import pydantic
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
-from distributed import CHECKED
 from experiments import runner
 from experiments.runner import Several, cell, of_arm
-from grpo import Share
-from replay import POLICIES, Buffer, add, sample, update_losses
+from replay import Buffer, add, sample, update_losses
+from report import interval
 from vae import frozen
 
 
@@ -44,7 +41,6 @@ SCENARIOS = {
     "S2 dense": Scenario((20.0, 60.0), True, 0.25),
     "S3 standard": Scenario((50.0, 100.0), True, 0.5),
 }
-FORGETTING = [f"forgetting {name.split()[0]}" for name in list(SCENARIOS)[:-1]]  # columns of tables
 CARRIER, BANDWIDTH = 5e9, 100e6  # Hz
 STEP = 0.004  # metres that a user moves between two channels
 SPEED = 1.0  # m/s
@@ -52,6 +48,8 @@ SEGMENTS, RESOURCE_BLOCKS = 3, 6  # windows per user: successive in time, times 
 RX, TX = 2, 8  # antennas
 TEST_SHARE = 0.2  # of the users
 SNRS = (0, 5, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)  # dB
+TABLE_SNR = 20.0  # dB, of the table and of the forgetting curves
+FINAL_RATE = 0.1  # the learning rate falls exponentially, window by window, to this share of its start
 MAX_GRAD_NORM = 1.0
 FISHER_SAMPLES = 256  # windows per scenario that the Fisher information is estimated from
 TRAINING_SNR = (0.0, 30.0)  # dB, uniform
@@ -62,13 +60,13 @@ BUFFERS |= {"lars_distill": "lars", "joint": None, "ewc": None, "online_ewc": No
 ARMS = (*BUFFERS, *(f"only {name}" for name in SCENARIOS))
 
 
-@pydantic.dataclasses.dataclass(config=CHECKED, kw_only=True)
+@dataclass(kw_only=True)
 class Args(runner.Flags):
     """Compares replay buffers and penalties: an LSTM learns to predict the next MIMO channel in one scenario after
     another."""
 
     output: str = "runs/channel_prediction"
-    """directory for results, tables and pictures. Finished jobs there are not run again"""
+    """directory for results, table and pictures. Finished jobs there are not run again"""
     arms: Several[Literal[ARMS]] = field(default_factory=lambda: list(ARMS))
     """what to compare; "only ..." trains on that scenario alone"""
     hidden: PositiveInt = 64
@@ -87,22 +85,14 @@ class Args(runner.Flags):
     """windows that a buffer holds"""
     learning_rate: PositiveFloat = 5e-3
     """learning rate of Adam at the start"""
-    final_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """the rate falls exponentially, window by window, to this share of learning_rate at the end"""
     distill_coef: NonNegativeFloat = 1.0
     """lars_distill: weight of the NMSE to the predictions of the previous scenario's model on old windows"""
     ewc_lambda: NonNegativeFloat = 100.0
     """weight of the penalty of ewc and online_ewc"""
     er_plus_lambda: NonNegativeFloat = 1.0
     """er_plus: weight of EWC's penalty beside replay"""
-    ewc_decay: Share = 0.95
-    """online_ewc: decay of the running Fisher information"""
     lwf_coef: NonNegativeFloat = 0.1
     """lwf, er_plus: weight of the NMSE to the predictions of the previous scenario's model on new windows"""
-    eval_snr: float = 20.0
-    """SNR in dB of the forgetting curves and of the table"""
-    laws: bool = False
-    """show what each buffer policy keeps of a stream, and stop"""
 
 
 def generate_channels(scenario: Scenario, users, steps, seed) -> np.ndarray:
@@ -152,20 +142,17 @@ def generate_channels(scenario: Scenario, users, steps, seed) -> np.ndarray:
 def channel_windows(args: Args, seed) -> dict[str, tuple]:
     """(training, test) windows of each scenario, complex (windows, past + 1, RX * TX), of different users. They are
     generated once and kept in args.output. Raises ValueError if that file is damaged."""
-    path = Path(args.output) / f"channels_{args.users}users_{args.past}past_seed{seed}.npz"
+    path = Path(args.output) / f"channels_{args.users}users_{args.past}past_seed{seed}.npy"
     steps = SEGMENTS * (args.past + 1)
     if not path.exists():
         made = [generate_channels(s, args.users, steps, [seed, k]) for k, s in enumerate(SCENARIOS.values())]
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, *made)
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, np.stack(made))
         temporary.replace(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            channels = [torch.from_numpy(file[name]) for name in file.files]
-        shapes = {tuple(h.shape) for h in channels}
-        if len(channels) != len(SCENARIOS) or shapes != {(args.users, steps, RESOURCE_BLOCKS, RX * TX)}:
-            raise ValueError(f"arrays of shapes {shapes}")
-    except Exception as error:  # numpy and zipfile raise many kinds
+        channels = torch.from_numpy(np.load(path, allow_pickle=False))
+        channels = channels.view(len(SCENARIOS), args.users, steps, RESOURCE_BLOCKS, RX * TX)
+    except (ValueError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, and it will be made again") from error
     windows = {}
     for name, h in zip(SCENARIOS, channels, strict=True):
@@ -215,7 +202,7 @@ def measure_nmse(model, windows, snr) -> float:
 
 
 def run_arm(args: Args, arm, seed) -> dict:
-    """Trains one model over its scenarios. Returns the NMSE in dB on each scenario's test users: "curve" at eval_snr,
+    """Trains one model over its scenarios. Returns the NMSE in dB on each scenario's test users: "curve" at TABLE_SNR,
     before training and after each epoch, and "snr" at the end over SNRS; also the seconds and the bytes kept."""
     start = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -229,7 +216,7 @@ def run_arm(args: Args, arm, seed) -> dict:
     buffer = Buffer(args.capacity)
     share = 2 if arm == "joint" else 1  # so that all arms have as many windows in a step
     size = share * len(windows[stages[0]][0])  # of an epoch
-    decay = args.final_rate ** (1 / (len(stages) * args.epochs * size))  # per new window
+    decay = FINAL_RATE ** (1 / (len(stages) * args.epochs * size))  # per new window
     by_loss = policy in ("lars", "labrs")
 
     def measure(snr):
@@ -266,7 +253,7 @@ def run_arm(args: Args, arm, seed) -> dict:
         if by_loss and drawn:
             update_losses(buffer, drawn, difficulty(torch.stack(old)))
 
-    curve = [measure(args.eval_snr)]
+    curve = [measure(TABLE_SNR)]
     for stage, name in enumerate(stages):
         train = torch.cat([windows[s][0] for s in stages]) if arm == "joint" else windows[name][0]
         for epoch in range(args.epochs):
@@ -277,7 +264,7 @@ def run_arm(args: Args, arm, seed) -> dict:
                     losses = difficulty(train[index]) if by_loss else [0.0] * len(index)
                     for i, loss in zip(index.tolist(), losses, strict=True):
                         add(buffer, train[i].clone(), label=stage, loss=loss, policy=policy, rng=rng)
-            curve.append(measure(args.eval_snr))
+            curve.append(measure(TABLE_SNR))
         if penalty:
             apart = torch.Generator().manual_seed(seed)  # so that all arms draw the same batches and noise
             some = train[torch.randperm(len(train), generator=apart)[:FISHER_SAMPLES]]
@@ -294,71 +281,60 @@ def run_arm(args: Args, arm, seed) -> dict:
 
 
 def run_experiment(args: Args):
-    """Runs all arms and seeds, then writes tables and pictures; with --laws, only calls `show_laws`."""
-    if args.laws:
-        show_laws()
-        return
+    """Runs all arms and seeds, then writes the table and the pictures."""
 
     def make_channels(todo):
-        return [channel_windows(args, seed) for seed in sorted({seed for _, seed in todo})]
+        for seed in {seed for _, seed in todo}:
+            channel_windows(args, seed)
 
     jobs = [(arm, seed) for seed in args.seeds for arm in args.arms]
     found = runner.run_jobs(args, run_arm, jobs, make_channels)
     by_arm = {arm: [r for r in found if r["arm"] == arm] for arm in args.arms}
-    write_tables(args, by_arm, Path(args.output))
-    plot_results(args, by_arm, Path(args.output))
+    write_table(args, by_arm)
+    plot_results(args, by_arm)
 
 
-def final_row(args: Args, result) -> dict:
-    """A row of table.csv: the NMSE at the end, and forgetting, the rise in dB since the scenario's own last epoch. Arms
-    that do not learn one scenario after another have no forgetting."""
-    curve = result["curve"]
-    row = {"arm": result["arm"], "seed": result["seed"], **dict(zip(SCENARIOS, curve[-1], strict=True))}
-    row["mean"] = np.mean(curve[-1])
-    if result["arm"] in BUFFERS and result["arm"] != "joint":
-        row |= {name: curve[-1][k] - curve[(k + 1) * args.epochs][k] for k, name in enumerate(FORGETTING)}
-    return {**row, "seconds": result["seconds"], "kept, kB": result["bytes_kept"] / 1000}
+def forgetting(args: Args, results) -> np.ndarray:
+    """(seeds, scenarios but the last): the rise of the NMSE, in dB, since the scenario's own last epoch."""
+    curves = np.array([r["curve"] for r in results])
+    old = range(len(SCENARIOS) - 1)
+    return np.stack([curves[:, -1, k] - curves[:, (k + 1) * args.epochs, k] for k in old], 1)
 
 
-def write_tables(args: Args, by_arm, output):
-    """Prints the table (means over seeds) and writes it as table.md. Writes table.csv, a row per arm and seed, and the
-    pictures' data as forgetting_curve.csv and nmse_over_snr.csv."""
-    runs = {arm: [final_row(args, result) for result in results] for arm, results in by_arm.items()}
-    forgetful = [arm for arm, rows in runs.items() if FORGETTING[0] in rows[0]]
-    rose = {arm: np.mean([[r[k] for k in FORGETTING] for r in runs[arm]]) for arm in forgetful}
-    table = []
-    for arm, rows in runs.items():
-        row = {f"NMSE, dB at {args.eval_snr:g} dB SNR": arm}
-        row |= {name: cell(r.get(name) for r in rows) for name in (*SCENARIOS, "mean", *FORGETTING)}
+def write_table(args: Args, by_arm):
+    """Prints the table, means over seeds, and writes it as table.md. `joint` and arms of one scenario have no
+    forgetting."""
+    final = {arm: np.array([r["curve"][-1] for r in results]) for arm, results in by_arm.items()}
+    rose = {arm: forgetting(args, r) for arm, r in by_arm.items() if arm in BUFFERS and arm != "joint"}
+    rows = []
+    for arm, results in by_arm.items():
+        row = {f"NMSE, dB at {TABLE_SNR:g} dB SNR": arm}
+        row |= {name: cell(values) for name, values in zip(SCENARIOS, final[arm].T, strict=True)}
+        row["mean"] = cell(final[arm].mean(1))
+        for k, name in enumerate(list(SCENARIOS)[:-1]):
+            row[f"forgetting {name.split()[0]}"] = cell(rose[arm][:, k]) if arm in rose else ""
         compared = arm in rose and "naive" in rose and arm != "naive"
-        row["less than naive"] = f"{1 - rose[arm] / rose['naive']:.0%}" if compared else ""
-        row |= {name: f"{np.mean([r[name] for r in rows]):.0f}" for name in ("seconds", "kept, kB")}
-        table.append(row)
-    runner.show_table(table, output / "table.md")
-    runner.write_csv(output / "table.csv", [row for rows in runs.values() for row in rows])
-    curves, snrs = [], []
-    for r in (result for results in by_arm.values() for result in results):
-        job = {"arm": r["arm"], "seed": r["seed"]}
-        curves += [{**job, "epoch": k, **dict(zip(SCENARIOS, row, strict=True))} for k, row in enumerate(r["curve"])]
-        snrs += [{**job, "SNR in dB": x, **{s: r["snr"][s][k] for s in SCENARIOS}} for k, x in enumerate(SNRS)]
-    runner.write_csv(output / "forgetting_curve.csv", curves)
-    runner.write_csv(output / "nmse_over_snr.csv", snrs)
-    if "lars" in runs and "reservoir" in runs:
-        gain = [b["mean"] - a["mean"] for a, b in zip(runs["lars"], runs["reservoir"], strict=True)]
+        row["less than naive"] = f"{1 - rose[arm].mean() / rose['naive'].mean():.0%}" if compared else ""
+        row["seconds"] = f"{np.mean([r['seconds'] for r in results]):.0f}"
+        row["kept, kB"] = f"{np.mean([r['bytes_kept'] for r in results]) / 1000:.0f}"
+        rows.append(row)
+    runner.show_table(rows, Path(args.output))
+    if "lars" in final and "reservoir" in final:
+        gain = final["reservoir"].mean(1) - final["lars"].mean(1)
         print(f"\nlars is better than reservoir by {cell(gain)} dB (mean over scenarios, paired by seed)")
 
 
-def plot_results(args: Args, by_arm, output):
+def plot_results(args: Args, by_arm):
     """forgetting_curve.png, nmse_over_snr.png and single_scenario.png: means over seeds, 95% intervals as bands."""
     names = list(SCENARIOS)
 
-    def figure(file, lines, xlabel, titles, shaded=0):
-        """lines(k) yields (x, values of each seed, label, colour) for panel k. shaded: epochs per scenario; the panel's
-        own are shaded."""
-        with runner.picture(output / file, 1, len(titles), (7.2, 2.6), sharey=True) as (_, panels):
+    def figure(file, xlabel, titles, lines, shaded=0):
+        """lines(k) yields (x, values (seeds, len(x)), label, colour) for panel k. shaded: epochs per scenario; each
+        panel shades its own."""
+        with runner.picture(Path(args.output) / file, 1, len(titles), (7.2, 2.6), sharey=True) as panels:
             for k, axes in enumerate(panels):
                 for x, values, label, colour in lines(k):
-                    mean, half = np.array([runner.over_seeds(column) for column in np.array(values).T]).T
+                    mean, half = np.array([interval(column) for column in np.array(values).T]).T
                     style = {"color": f"C{colour}", "linestyle": ("-", "--", "-.", ":")[colour % 4]}
                     axes.plot(x, mean, **style, label=label, linewidth=1.2)
                     axes.fill_between(x, mean - half, mean + half, color=f"C{colour}", alpha=0.2, lw=0)
@@ -383,29 +359,10 @@ def plot_results(args: Args, by_arm, output):
 
     tested = [f"test users of {name}" for name in names]
     if any(arm in BUFFERS for arm in by_arm):
-        figure("forgetting_curve.png", curves, "epoch (shaded: this scenario)", tested, args.epochs)
-        figure("nmse_over_snr.png", snrs, "SNR, dB", tested)
+        figure("forgetting_curve.png", "epoch (shaded: this scenario)", tested, curves, args.epochs)
+        figure("nmse_over_snr.png", "SNR, dB", tested, snrs)
     if all(f"only {name}" in by_arm for name in names):
-        figure("single_scenario.png", singles, "SNR, dB", [f"trained on {name.split()[0]} only" for name in names])
-
-
-def show_laws():
-    """Prints what each buffer policy keeps of a stream whose labels come one after the other, the last of them rare."""
-    rng = np.random.default_rng(0)
-    labels = np.repeat(range(4), (400, 400, 150, 50))
-    losses = rng.choice([0.1, 1.0], len(labels))
-    print("items kept of each label, and the share of high losses (half of the stream), in a buffer of 100; 100 runs")
-    rows = []
-    for policy in POLICIES:
-        buffers = [Buffer(100) for _ in range(100)]
-        for buffer in buffers:
-            for item, (label, loss) in enumerate(zip(labels, losses, strict=True)):
-                add(buffer, item, label=label, loss=loss, policy=policy, rng=rng)
-        kept = np.bincount(np.concatenate([b.labels for b in buffers])) / 100
-        high = np.mean([np.greater(b.losses, 0.5) for b in buffers])
-        row = {f"label {k}, {np.sum(labels == k)} offered": f"{number:.1f}" for k, number in enumerate(kept)}
-        rows.append({"policy": policy, **row, "high losses": f"{high:.2f}"})
-    runner.show_table(rows)
+        figure("single_scenario.png", "SNR, dB", [f"trained on {name.split()[0]} only" for name in names], singles)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """Generative replay compared on split digits: five tasks of two digits each, one after the other.
 
     python experiments/digits.py --seeds 0 1 2 3 4     table and pictures in runs/split_digits
-    python experiments/digits.py --mnist DIR           on MNIST's four files in DIR
 
 Data flow, at the n-th task: the generator, frozen after task n - 1 -> a batch of images -> labels by the solver, frozen
 then too -> both learn L = (1/n) L_current + (1 - 1/n) L_replay on that batch (Shin et al. 2017, arXiv:1705.08690).
 """
 
-import gzip
 import math
-import struct
 import sys
 import time
 from dataclasses import dataclass, field
@@ -19,22 +16,24 @@ from typing import Literal, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import pydantic
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed import CHECKED
 from experiments import runner
 from experiments.runner import Several, cell, of_arm
 from generative import Rehearsal, distillation_loss, replay_weights
-from grpo import Share
 from replay import Buffer, add, sample
-from vae import VAE, ConvVAE, check_inputs, frozen, one_hot
+from vae import VAE, ConvVAE, frozen
 
 Scenario = Literal["class", "domain", "task"]
 TASKS, CLASSES = 5, 2  # CLASSES in each task
+IMAGE = (1, 8, 8)  # channels, height, width
+LATENT_DIM = 16  # of the generators
+COMPONENTS = 10  # Gaussians per class of the prior of `mixture`
+LEARNING_RATE = 1e-3  # of the solver
+BUFFER_SIZE = 100  # images that experience_replay and er_plus keep
 WIDTH = 100  # of the solver's hidden layers
 TEMPERATURE = 2.0  # of soft targets
 
@@ -90,77 +89,21 @@ class Heads:
         return sum(F.cross_entropy(s, t.argmax(1)) for s, t in pairs) / len(pairs)
 
 
-class WGAN(nn.Module):
-    """The generator of Shin et al.: a Wasserstein GAN with gradient penalty (Gulrajani et al. 2017, arXiv:1704.00028)
-    of inputs in [0, 1], with the interface of `vae.VAE`."""
-
-    PENALTY, CRITIC_STEPS = 10.0, 2
-
-    def __init__(self, input_dim, hidden, latent_dim, num_conditions=0):
-        super().__init__()
-        self.latent_dim, self.num_conditions, self.shape = latent_dim, num_conditions, (input_dim,)
-
-        def mlp(width, end):
-            return nn.Sequential(nn.Linear(width, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, end))
-
-        self.decoder = mlp(latent_dim + num_conditions, input_dim)
-        self.critic = mlp(input_dim + num_conditions, 1)
-
-    def judge(self, x, condition=None):
-        """The critic's values (B,): high for real images."""
-        return self.critic(torch.cat([x, one_hot(condition, self.num_conditions, x)], 1))[:, 0]
-
-    def fit_prior(self, batches):
-        """Does nothing: a GAN has no latents of its data."""
-
-    def invent(self, number, condition):
-        z = torch.randn(number, self.latent_dim, device=self.decoder[0].weight.device)
-        return torch.sigmoid(self.decoder(torch.cat([z, one_hot(condition, self.num_conditions, z)], 1)))
-
-    @torch.no_grad()
-    def generate(self, num_samples, device=None, condition=None) -> Tensor:
-        return self.invent(num_samples, condition)
-
-    def optimizers(self, learning_rate) -> list:
-        parts = (self.decoder, self.critic)
-        return [torch.optim.Adam(part.parameters(), learning_rate, betas=(0.5, 0.9)) for part in parts]
-
-    def learn(self, optimizers, parts) -> float:
-        """CRITIC_STEPS updates of the critic and one of the generator. Returns the critic's Wasserstein distance."""
-        decoder, critic = optimizers
-        for _ in range(self.CRITIC_STEPS):
-            distance, penalty = 0.0, 0.0
-            for weight, x, condition in parts:
-                fake = self.invent(len(x), condition).detach()
-                distance = distance + weight * (self.judge(x, condition).mean() - self.judge(fake, condition).mean())
-                mixed = torch.lerp(x, fake, torch.rand(len(x), 1, device=x.device)).requires_grad_()
-                (slope,) = torch.autograd.grad(self.judge(mixed, condition).sum(), mixed, create_graph=True)
-                penalty = penalty + weight * (slope.norm(dim=1) - 1).square().mean()
-            critic.zero_grad()
-            (self.PENALTY * penalty - distance).backward()
-            critic.step()
-        loss = -sum(weight * self.judge(self.invent(len(x), c), c).mean() for weight, x, c in parts)
-        decoder.zero_grad()
-        loss.backward()
-        decoder.step()
-        return distance.item()
-
-
 class GenerativeReplay(Rehearsal):
     """A solver and a generator that learn one task after another, without images of earlier tasks.
 
-    heads: which logits compete; soft: kind of the frozen solver's labels (see `Heads.distillation`).
+    soft: the kind of the frozen solver's labels, see `Heads.distillation`. rehearsed: whether the generator learns
+    generated images beside those of the task; it is a mistake if it does not.
     """
 
-    def __init__(self, solver, generator, heads, args, soft=True, rng=None, memory_size=500):
-        super().__init__(generator, memory_size, args.generator_learning_rate, rng)
-        self.solver, self.heads, self.args, self.soft = solver, heads, args, soft
-        self.optimizer = torch.optim.Adam(solver.parameters(), args.learning_rate)
+    def __init__(self, solver, generator, heads, args, soft=True, rng=None, rehearsed=True):
+        super().__init__(generator, learning_rate=args.generator_learning_rate, rng=rng)
+        self.solver, self.heads, self.args, self.soft, self.rehearsed = solver, heads, args, soft, rehearsed
+        self.optimizer = torch.optim.Adam(solver.parameters(), LEARNING_RATE)
         self.teacher = None  # the solver, frozen at the end of the previous task
 
     def begin_task(self, x, y):
-        """Offers each of the task's images x (N, pixels) to the memory. Raises ValueError for values outside [0, 1]."""
-        check_inputs(x, self.generator.shape)
+        """Offers each of the task's images x (N, pixels) to the memory."""
         for image, label in zip(x, y.tolist(), strict=True):
             self.offer(image.clone(), label if self.generator.num_conditions else None)
 
@@ -177,7 +120,10 @@ class GenerativeReplay(Rehearsal):
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.teach_generator(self.args.batch_size, generated)
+        if self.rehearsed:
+            self.teach_generator(self.args.batch_size, generated)
+        else:
+            self.generator.learn(self.generator_optimizers, [(1.0, *self.remembered(self.args.batch_size))])
         return loss.item()
 
     def end_task(self):
@@ -190,21 +136,14 @@ class GenerativeReplay(Rehearsal):
         return runner.size(self.teacher) + runner.size(self.old_generator)
 
 
-class Unrehearsed(GenerativeReplay):
-    """The mistake to avoid: the generator learns the current task only."""
-
-    def teach_generator(self, number, replayed=None):
-        return self.generator.learn(self.generator_optimizers, [(1.0, *self.remembered(number))])
-
-
 class Plain:
     """A solver without a generator. What an arm adds to cross-entropy stands in `step`."""
 
     def __init__(self, arm, solver, heads, args, rng):
         self.arm, self.solver, self.heads, self.args, self.rng = arm, solver, heads, args, rng
-        self.optimizer = torch.optim.Adam(solver.parameters(), args.learning_rate)
+        self.optimizer = torch.optim.Adam(solver.parameters(), LEARNING_RATE)
         self.penalty = of_arm(arm, args)
-        self.buffer = Buffer(args.buffer_size)
+        self.buffer = Buffer(BUFFER_SIZE)
         self.teacher = None  # the solver, frozen at the end of the previous task
         self.n = 0
 
@@ -252,37 +191,19 @@ class Plain:
         return penalty + runner.size(self.teacher) + sum(image.nbytes for image in images)
 
 
-GENERATIVE = {  # arm: (type of generator, soft labels, by class)
-    "unrehearsed": ("vae", True, False),
-    "hard": ("vae", False, False),
-    "soft": ("vae", True, False),
-    "conditional_hard": ("vae", False, True),
-    "conditional_soft": ("vae", True, True),
-    "mixture": ("vae", True, True),
-    "conv": ("conv", True, True),
-    "gan": ("gan", True, True),
+GENERATIVE = {  # arm: (soft labels, by class)
+    "unrehearsed": (True, False),
+    "hard": (False, False),
+    "soft": (True, False),
+    "conditional_hard": (False, True),
+    "conditional_soft": (True, True),
+    "mixture": (True, True),
+    "conv": (True, True),
 }
 ARMS = ("naive", *GENERATIVE, "experience_replay", "lwf", "ewc", "online_ewc", "er_plus", "joint")
 
 
-def make_learner(arm, solver, heads, args, shape, rng):
-    """The learner of an arm; `shape`: of an image, (channels, height, width)."""
-    if arm not in GENERATIVE:
-        return Plain(arm, solver, heads, args, rng)
-    kind, soft, conditional = GENERATIVE[arm]
-    conditions = TASKS * CLASSES if conditional else 0
-    pixels, hidden, latent = math.prod(shape), args.generator_hidden, args.latent_dim
-    components = args.prior_components if arm == "mixture" else 0
-    generator = {
-        "vae": lambda: VAE(pixels, (hidden,), latent, 0.0, conditions, components),
-        "conv": lambda: ConvVAE(shape, latent_dim=latent, num_conditions=conditions),
-        "gan": lambda: WGAN(pixels, hidden, latent, conditions),
-    }[kind]()
-    learner = Unrehearsed if arm == "unrehearsed" else GenerativeReplay
-    return learner(solver, generator, heads, args, soft, rng)
-
-
-@pydantic.dataclasses.dataclass(config=CHECKED, kw_only=True)
+@dataclass(kw_only=True)
 class Args(runner.Flags):
     """Compares kinds of replay on split digits: five tasks of two digits, one after the other, in the class-, domain-
     and task-incremental scenario."""
@@ -293,85 +214,60 @@ class Args(runner.Flags):
     """what to compare"""
     scenarios: Several[Scenario] = field(default_factory=lambda: list(get_args(Scenario)))
     """which logits compete"""
-    mnist: str | None = None
-    """directory with MNIST's four idx files as published, packed or not. Default: the digits of scikit-learn"""
     iterations: PositiveInt = 200
     """steps per task"""
     batch_size: PositiveInt = 64
     """current images per step; as many replayed ones are added"""
     generator_hidden: PositiveInt = 400
     """units in the generator's hidden layer"""
-    latent_dim: PositiveInt = 16
-    """latent dimensions of the generator"""
-    prior_components: PositiveInt = 10
-    """mixture: Gaussians per class of the prior that is fitted when a task ends"""
-    learning_rate: PositiveFloat = 1e-3
-    """learning rate of the solver (Adam)"""
     generator_learning_rate: PositiveFloat = 4e-3
     """learning rate of the generator (Adam)"""
-    buffer_size: PositiveInt = 100
-    """images that experience_replay and er_plus keep"""
     ewc_lambda: NonNegativeFloat = 1e4
     """weight of the penalty of ewc and online_ewc"""
     er_plus_lambda: NonNegativeFloat = 1.0
     """er_plus: weight of EWC's penalty beside replay"""
-    ewc_decay: Share = 0.95
-    """online_ewc: decay of the running Fisher information"""
     lwf_coef: NonNegativeFloat = 0.01
     """er_plus: weight of the distillation of the old solver's answers to current images"""
 
 
-def load_images(args: Args) -> tuple[Tensor, Tensor, tuple]:
-    """(images (N, pixels) in [0, 1], labels (N,), image shape). Raises ValueError for missing or damaged files."""
-    if args.mnist is None:
-        from sklearn.datasets import load_digits
-
-        x, y = load_digits(return_X_y=True)
-        return torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y), (1, 8, 8)
-    kinds, parts = ("images-idx3", "labels-idx1"), ("train", "t10k")
-    x, y = (np.concatenate([read_idx(args.mnist, f"{part}-{kind}-ubyte") for part in parts]) for kind in kinds)
-    return torch.tensor(x, dtype=torch.float32).flatten(1) / 255, torch.tensor(y, dtype=torch.long), (1, 28, 28)
-
-
-def read_idx(folder, name) -> np.ndarray:
-    """An array of bytes in the idx format: two zeros, type 8, number of dimensions, their sizes, the values."""
-    for path, unpacked in ((Path(folder) / name, bytes), (Path(folder) / f"{name}.gz", gzip.decompress)):
-        if path.is_file():
-            data = unpacked(path.read_bytes())
-            dimensions = data[3] if data[:3] == b"\0\0\x08" else 0
-            shape = struct.unpack(f">{dimensions}I", data[4 : 4 + 4 * dimensions])
-            if not dimensions or len(data) != 4 + 4 * dimensions + math.prod(shape):
-                raise ValueError(f"{path} is not a whole idx file of bytes")
-            return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    raise ValueError(f"there is no {Path(folder) / name}, packed (.gz) or not")
+def make_learner(arm, solver, heads, args, rng):
+    if arm not in GENERATIVE:
+        return Plain(arm, solver, heads, args, rng)
+    soft, by_class = GENERATIVE[arm]
+    conditions = TASKS * CLASSES if by_class else 0
+    if arm == "conv":
+        generator = ConvVAE(IMAGE, latent_dim=LATENT_DIM, num_conditions=conditions)
+    else:
+        components = COMPONENTS if arm == "mixture" else 0
+        generator = VAE(math.prod(IMAGE), (args.generator_hidden,), LATENT_DIM, 0.0, conditions, components)
+    return GenerativeReplay(solver, generator, heads, args, soft, rng, arm != "unrehearsed")
 
 
 def split_tasks(x, y, seed) -> list[tuple]:
     """(training images, labels, test images, labels) of each task; a fifth of each class is for testing."""
-    rng, parts = np.random.default_rng(seed), []
-    for task in range(TASKS):
-        train, test = [], []
-        for label in range(task * CLASSES, (task + 1) * CLASSES):
-            of_class = rng.permutation(np.flatnonzero((y == label).numpy()))
-            test.append(of_class[: len(of_class) // 5])
-            train.append(of_class[len(of_class) // 5 :])
-        train, test = torch.tensor(np.concatenate(train)), torch.tensor(np.concatenate(test))
-        parts.append((x[train], y[train], x[test], y[test]))
-    return parts
+    rng, tasks = np.random.default_rng(seed), []
+    for labels in torch.arange(TASKS * CLASSES).split(CLASSES):
+        shuffled = [rng.permutation(np.flatnonzero(y == label)) for label in labels]
+        train = np.concatenate([rows[len(rows) // 5 :] for rows in shuffled])
+        test = np.concatenate([rows[: len(rows) // 5] for rows in shuffled])
+        tasks.append((x[train], y[train], x[test], y[test]))
+    return tasks
 
 
 def run_arm(args: Args, scenario, arm, seed) -> dict:
     """Trains one solver on all tasks. Returns R (R[i][j]: accuracy on task j after task i), images generated after each
     task, seconds, and the bytes kept for the next task."""
+    from sklearn.datasets import load_digits
+
     start = time.perf_counter()
-    x, y, shape = load_images(args)
-    tasks = split_tasks(x, y, seed)
+    x, y = load_digits(return_X_y=True)
+    tasks = split_tasks(torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y), seed)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     heads = Heads(scenario)
-    hidden = [nn.Linear(x.shape[1], WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()]
+    hidden = [nn.Linear(math.prod(IMAGE), WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()]
     solver = nn.Sequential(*hidden, nn.Linear(WIDTH, heads.outputs))
-    learner = make_learner(arm, solver, heads, args, shape, rng)
+    learner = make_learner(arm, solver, heads, args, rng)
     R, samples = [], []
     for n, (x_task, y_task, _, _) in enumerate(tasks, 1):
         if arm == "joint":
@@ -394,9 +290,9 @@ def run_arm(args: Args, scenario, arm, seed) -> dict:
     return {**job, "R": R, "samples": samples, "seconds": seconds, "bytes_kept": learner.bytes_kept()}
 
 
-def write_tables(args: Args, found, output):
+def write_table(args: Args, found):
     """Prints the table and writes it as table.md: average accuracy at the end of each scenario; of the first one also
-    backward transfer, seconds and size. Writes accuracy.csv, a row per job and task learnt."""
+    backward transfer, seconds and size."""
     rows = []
     for arm in args.arms:
         runs = {s: [r for r in found if r["arm"] == arm and r["scenario"] == s] for s in args.scenarios}
@@ -408,61 +304,43 @@ def write_tables(args: Args, found, output):
         row["seconds"] = f"{np.mean([r['seconds'] for r in first]):.0f}"
         row["kept, kB"] = f"{first[0]['bytes_kept'] / 1000:.0f}"
         rows.append(row)
-    runner.show_table(rows, output / "table.md")
-    rows = []
-    for r in found:
-        job = {name: r[name] for name in ("scenario", "arm", "seed")}
-        for i, row in enumerate(r["R"], 1):
-            rows.append({**job, "tasks learnt": i, **{f"task {k}": value for k, value in enumerate(row, 1)}})
-    runner.write_csv(output / "accuracy.csv", rows)
+    runner.show_table(rows, Path(args.output))
 
 
 def plot_samples(results, output):
-    """samples.png: what the generators make after each task."""
-    columns = min(4, len(results))
-    rows = math.ceil(len(results) / columns)
-    size = (1.8 * columns, 1.15 * rows + 0.2)
-    with runner.picture(output / "samples.png", rows, columns, size) as (figure, panels):
+    """samples.png: what the generators make; a row of images for each task."""
+    rows = math.ceil(len(results) / 4)
+    with runner.picture(output / "samples.png", rows, 4, (7.2, 1.3 * rows)) as panels:
         for axes, r in zip(panels, results, strict=False):
-            images = np.array(r["samples"])  # (tasks, 10, pixels)
-            side = math.isqrt(images.shape[-1])
-            mosaic = images.reshape(len(images), 10, side, side).transpose(0, 2, 1, 3).reshape(len(images) * side, -1)
-            axes.imshow(1 - mosaic, cmap="gray", vmin=0, vmax=1)
-            axes.set(title=r["arm"], xticks=[], yticks=[side * (k + 0.5) for k in range(len(images))])
-            axes.set_yticklabels(range(1, len(images) + 1), fontsize=6)
-            axes.tick_params(length=0)
-        figure.supylabel("after task", fontsize=8)
+            images = np.array(r["samples"]).reshape(TASKS, 10, *IMAGE[1:])
+            axes.imshow(images.transpose(0, 2, 1, 3).reshape(TASKS * IMAGE[1], -1), cmap="gray_r", vmin=0, vmax=1)
+            axes.set(title=r["arm"], xticks=[], yticks=[])
 
 
 def plot_accuracy(args, results, output):
     """accuracy.png: accuracy on each task after each task, means over seeds."""
     columns = math.ceil(len(args.arms) / 3)
     size = (1.5 * columns, 4.6)
-    with runner.picture(output / "accuracy.png", 3, columns, size, sharex=True, sharey=True) as (figure, panels):
+    with runner.picture(output / "accuracy.png", 3, columns, size, sharex=True, sharey=True) as panels:
         for axes, arm in zip(panels, args.arms, strict=False):
             R = np.mean([r["R"] for r in results if r["arm"] == arm], axis=0)
             for task, line in enumerate(("-", "--", "-.", ":", (0, (5, 1)))):
-                style = {"linestyle": line, "marker": ".", "markersize": 4}
-                axes.plot(range(task + 1, TASKS + 1), R[task:, task], **style, label=f"task {task + 1}")
-            axes.set(ylim=(-0.03, 1.03), xticks=range(1, TASKS + 1))
-            axes.set_title(arm, fontsize=8)
+                axes.plot(range(task + 1, TASKS + 1), R[task:, task], ".", linestyle=line, label=f"task {task + 1}")
+            axes.set(title=arm, xlabel="tasks learnt", ylabel="accuracy", xticks=range(1, TASKS + 1))
+            axes.label_outer()
             axes.grid(alpha=0.3)
-        figure.supxlabel("tasks learnt", fontsize=8)
-        figure.supylabel("accuracy", fontsize=8)
 
 
 def run_experiment(args: Args):
-    """Runs all scenarios, arms and seeds, then writes tables and pictures."""
-    load_images(args)  # so that bad files are named before anything is written
+    """Runs all scenarios, arms and seeds, then writes the table and the pictures."""
     jobs = [(scenario, arm, seed) for seed in args.seeds for scenario in args.scenarios for arm in args.arms]
     found = runner.run_jobs(args, run_arm, jobs)
-    output = Path(args.output)
-    write_tables(args, found, output)
+    write_table(args, found)
     first = [r for r in found if r["scenario"] == args.scenarios[0]]
     drawn = [r for r in first if r["samples"] and r["seed"] == args.seeds[0]]
     if drawn:
-        plot_samples(drawn, output)
-    plot_accuracy(args, first, output)
+        plot_samples(drawn, Path(args.output))
+    plot_accuracy(args, first, Path(args.output))
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import pydantic
 from pydantic import NonNegativeInt
 
-from distributed import CHECKED
 from experiments import runner
 from experiments.runner import Several
 
@@ -42,7 +40,7 @@ ARMS = {  # --cl_algorithm, and flags of train.py
 }
 
 
-@pydantic.dataclasses.dataclass(config=CHECKED, kw_only=True)
+@dataclass(kw_only=True)
 class Args(runner.Flags):
     """Runs train.py for each arm and seed, and compares the runs. A stopped run goes on from its last checkpoint."""
 

@@ -4,7 +4,6 @@ A job is (arm, seed), or (scenario, arm, seed). Its result is written as soon as
 """
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -14,24 +13,23 @@ import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from multiprocessing import Pipe, get_context, parent_process
-from multiprocessing.connection import wait
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import numpy as np
 import pandas
 import torch
 import tyro
 from annotated_types import MinLen
-from pydantic import AfterValidator, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
-from distributed import one_line, write_json
+from distributed import checked, write_json
 from regularize import EWC, OnlineEWC
+from report import interval
 
-NOT_SETTINGS = ("seeds", "arms", "scenarios", "output", "workers", "laws")  # flags that do not change a job's result
-SCRIPT = Path(sys.argv[0]).name
+EWC_DECAY = 0.95  # of online_ewc's running Fisher information
+NOT_SETTINGS = ("seeds", "arms", "scenarios", "output", "workers")  # flags that do not change a job's result
 
 
 def _distinct(values):
@@ -58,7 +56,7 @@ class Flags:
 def of_arm(arm, args) -> EWC | None:
     """The penalty of an arm of the supervised experiments, if it has one."""
     if arm == "online_ewc":
-        return OnlineEWC(args.ewc_lambda, args.ewc_decay)
+        return OnlineEWC(args.ewc_lambda, EWC_DECAY)
     weights = {"ewc": args.ewc_lambda, "er_plus": args.er_plus_lambda}
     return EWC(weights[arm]) if arm in weights else None
 
@@ -68,12 +66,12 @@ def size(model) -> int:
     return sum(value.nbytes for value in model.state_dict().values()) if model is not None else 0
 
 
-def start_worker(threads, stop):
-    """Starts a worker: it gets its share of the cores, and ends when the main process closes `stop` or dies."""
+def start_worker(threads):
+    """Gives a worker its share of the cores. It ends when the main process dies."""
     torch.set_num_threads(threads)
 
     def end_with_parent():
-        wait([stop, parent_process().sentinel])
+        parent_process().join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -118,10 +116,9 @@ def run_jobs(args, function, jobs, prepare=None) -> list[dict]:
     if prepare and todo:
         prepare(todo)
     workers = args.workers or (1 if torch.cuda.is_available() else os.cpu_count())
-    stop, running = Pipe(duplex=False)
     # Workers inherit that Ctrl-C is ignored: it is for this process, which then stops them.
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (max(1, os.cpu_count() // workers), stop))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (max(1, os.cpu_count() // workers),))
     futures = [pool.submit(run_job, args, function, job, paths[job]) for job in todo]
     signal.signal(signal.SIGINT, on_ctrl_c)
     try:
@@ -130,57 +127,39 @@ def run_jobs(args, function, jobs, prepare=None) -> list[dict]:
                 done.result()
                 bar.update()
     except BaseException:
-        running.close()
+        for worker in active_children():
+            worker.terminate()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
     return [read_result(job, path) for job, path in paths.items()]
 
 
-def over_seeds(values) -> tuple[float, float]:
-    """(mean, half width of the 95% confidence interval by Student's t; NaN for a single value)."""
-    from scipy import stats
-
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return float(values.mean()), math.nan
-    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-
-
 def cell(values, digits=2) -> str:
-    """Mean and interval as text, such as "0.93 ± 0.02"; empty if there are no values."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return ""
-    mean, half = over_seeds(values)
+    """Mean and 95% interval as text, such as "0.93 ± 0.02"."""
+    mean, half = interval(values)
     return f"{mean:.{digits}f}" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
-def write_csv(path, rows):
-    """Rows are dicts; a column that a row lacks is empty."""
-    pandas.DataFrame(rows).to_csv(path, index=False)
-
-
-def show_table(rows, path=os.devnull):
-    """Prints rows, dicts of text, as a Markdown table, and writes it to `path`."""
-    table = pandas.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+def show_table(rows, output):
+    """Prints rows, dicts of text, as a Markdown table, and writes it to table.md."""
+    table = pandas.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True)
     print(table)
-    Path(path).write_text(table + "\n")
+    (output / "table.md").write_text(table + "\n")
 
 
 @contextlib.contextmanager
 def picture(path, rows, columns, size, **kwargs):
-    """Yields (figure, panels) to draw in, rows x columns of them. Afterwards adds the first panel's legend, if it has
-    one, and writes the file."""
+    """Yields the panels to draw in, rows x columns of them. Afterwards adds the legend of the first panel, and writes
+    the file."""
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")
-    plt.style.use(["petroff10", {"font.size": 8, "savefig.dpi": 200}])
+    plt.style.use(["petroff10", {"font.size": 8, "axes.titlesize": 8, "savefig.dpi": 200}])
     figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **kwargs)
-    yield figure, list(panels.flat)
+    yield list(panels.flat)
     for axes in panels.flat:
-        if not axes.has_data():
-            axes.axis("off")
+        axes.set(visible=axes.has_data())
     handles, labels = panels.flat[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right center", frameon=False)
@@ -188,28 +167,17 @@ def picture(path, rows, columns, size, **kwargs):
     plt.close(figure)
 
 
-def parse(settings):
-    """An instance of the dataclass `settings` from the command line. A value that its type rules out is one line."""
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(shown):  # tyro draws pydantic's errors in a box
-            return tyro.cli(settings)
-    except SystemExit as stop:
-        wrong = stop.__context__
-        sys.stderr.write(f"{SCRIPT}: {one_line(wrong)}\n" if isinstance(wrong, ValidationError) else shown.getvalue())
-        raise
-
-
 def run_command(settings, function):
-    """Parses the command line and calls function(args). An error is one line, with an exit code of 2 (bad input), 1 (a
-    worker was killed), 130 (Ctrl-C) or 143 (SIGTERM)."""
-    args = parse(settings)
+    """Calls function(an instance of the dataclass `settings`, from the command line). An error is one line, with an
+    exit code of 2 (bad input), 1 (a worker was killed), 130 (Ctrl-C) or 143 (SIGTERM)."""
+    args = tyro.cli(settings)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     code, line = 0, f"finished jobs are in {args.output}; the same command goes on"
     try:
+        checked(settings, vars(args))
         function(args)
     except (ValueError, OSError, ImportError) as error:
-        code, line = 2, f"{SCRIPT}: {error}"
+        code, line = 2, f"{Path(sys.argv[0]).name}: {error}"
     except BrokenProcessPool:
         code, line = 1, f"a worker was killed, perhaps for lack of memory; {line} (try fewer --workers)"
     except (KeyboardInterrupt, SystemExit) as stop:

@@ -22,19 +22,16 @@ def fake_api():
             answer = answers.pop(0) if len(answers) > 1 else answers[0]
             if answer is None:
                 ended.wait()
-                return
-            if isinstance(answer, int):
+            elif isinstance(answer, int):
                 self.send_error(answer)
-                return
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", **answer}}
-            usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
-            body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-            text = json.dumps({**body, "usage": usage}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
+            else:
+                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", **answer}}
+                usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+                body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.end_headers()  # HTTP/1.0: the body ends with the connection
+                self.wfile.write(json.dumps({**body, "usage": usage}).encode())
 
         def log_message(self, *args):
             pass

@@ -150,20 +150,6 @@ def near(values):
     return pytest.approx(values, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
-def on_two_ranks(function, tmp_path, *args) -> list:
-    """function(*args) on each of two gloo ranks; [rank] -> its result (anything that torch.save takes)."""
-    path = str(tmp_path / function.__name__)
-    torch.multiprocessing.spawn(_rank, [path, function, args], nprocs=2)
-    return [torch.load(f"{path}.{rank}", weights_only=True) for rank in (0, 1)]
-
-
-def _rank(rank, path, function, args):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{path}.sync", rank=rank, world_size=2)
-    torch.save(function(*args), f"{path}.{rank}")
-    torch.distributed.destroy_process_group()
-
-
 # --------------------------------------------------------------------------------------------------------- small runs
 
 

@@ -90,7 +90,7 @@ def test_checked_flags_are_an_instance_of_their_class():
         ({"share": math.nan}, "share must be a finite number, got nan"),
         ({"share": math.inf, "number": 3}, "share must be a finite number, got inf"),
         ({"kind": "three"}, "kind must be 'one' or 'two', got 'three'"),
-        ({"other": 7}, "other unexpected keyword argument, got 7"),
+        ({"other": 7}, "there is no setting 'other'"),
     ],
 )
 def test_a_value_that_the_type_rules_out_is_named_in_one_line(values, message):

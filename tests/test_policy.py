@@ -46,9 +46,6 @@ def move(model, by=0.1):
         p.add_(policy.placed_like(torch.full(p.shape, by), p))
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
-
-
 def test_the_embedded_policy_is_the_same_each_time_and_when_loaded_again(base):
     """To the last bit of log-probabilities and gradients."""
     models = [load(path) for path in ("tiny", "tiny", base)]
@@ -59,24 +56,23 @@ def test_the_embedded_policy_is_the_same_each_time_and_when_loaded_again(base):
 
 
 def test_a_saved_tokenizer_is_loaded_again(tiny, base):
-    tokenizer, again = tiny[1], load_policy(base, "float32", "cpu")[1]
+    again = load_policy(base, "float32", "cpu")[1]
     text = 'Hi! <tool_call>\n{"name": "f", "arguments": {"id": "#W12"}}\n</tool_call> 🙂'
-    assert again(text).input_ids == tokenizer(text).input_ids
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert again.chat_template == tokenizer.chat_template
+    assert again(text).input_ids == tiny[1](text).input_ids and again.chat_template == tiny[1].chat_template
+    assert again.decode(again(text).input_ids) == text
 
 
 def test_attention_can_be_chosen(tiny):
-    model = load("tiny", attn_implementation="eager")
-    assert model.config._attn_implementation == "eager"
-    torch.testing.assert_close(scores(model), scores(tiny[0]))
+    eager = load("tiny", attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"
+    torch.testing.assert_close(scores(eager), scores(tiny[0]))
 
 
 @pytest.mark.parametrize(
     "path, settings, message",
     [
         ("/no/such", {}, "cannot load a model from '/no/such': there is no such directory"),
-        ("./no", {}, "there is no such directory"),
+        ("./no", {}, "no such directory"),
         ("tiny", {"dtype": "float31"}, "unknown dtype 'float31'; choose one of float32, bfloat16"),
         ("tiny", {"attn_implementation": "none_such"}, "cannot load a model from 'tiny'"),
         ("tiny", {"lora_rank": -1}, "lora_rank must be 0"),
@@ -106,9 +102,6 @@ def test_models_that_cannot_be_used_are_named(base, file, change, message, tmp_p
     (folder / file).write_bytes(old[:1000] if change is None else json.dumps({**json.loads(old), **change}).encode())
     with pytest.raises(ValueError, match=message):
         load(folder)
-
-
-# --------------------------------------------------------------------------------------------------------------- LoRA
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +157,6 @@ def test_bfloat16_trains_float32_weights_and_lora_keeps_the_frozen_ones_small(ba
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-# -------------------------------------------------------------------------------------------------- snapshots, shards
-
-
 def test_weights_of_a_snapshot_are_exchanged_and_come_back_whatever_happens(tiny):
     model = copy.deepcopy(tiny[0])
     then, before = policy.snapshot(model), scores(model)
@@ -182,53 +172,39 @@ def test_weights_of_a_snapshot_are_exchanged_and_come_back_whatever_happens(tiny
         assert all(torch.equal(saved[name], tiny[0].get_parameter(name)) for saved in (then, whole, again))
 
 
-def test_a_copy_to_sample_from_is_frozen(tiny):
-    low = policy.plain_copy(tiny[0], torch.bfloat16)
-    assert {(p.dtype, p.requires_grad) for p in low.parameters()} == {(torch.bfloat16, False)}
-    assert torch.equal(scores(policy.plain_copy(tiny[0], torch.float32)), scores(tiny[0]))
-
-
 def test_shards_need_ranks():
     with pytest.raises(ValueError, match="torchrun"):
         policy.shard(load("tiny"))
 
 
-def computed(base, shard, folder) -> list:
-    """What must be equal of a whole model and of one that is sharded over two ranks, each with one sequence; and the
-    numbers in its snapshot. Without LoRA and with it."""
-    mine, results = slice(rank(), None, 2) if shard else slice(None), []
-    for lora_rank in (0, 2):
-        model, tokenizer = load_policy(base, "float32", "cpu", lora_rank=lora_rank)
-        if shard:
-            policy.shard(model)
-        then = policy.snapshot(model)
-        move(model, 0.01)
-        token_logprobs(model, IDS[mine], ONES[mine]).sum().backward()
-        parameters = policy.trained_parameters(model)
-        found = {f"gradient {n}": policy.whole(p.grad) for n, p in parameters.items()}
-        found |= {n: policy.whole(p.detach()).clone() for n, p in parameters.items()}
-        found |= {"scores": scores(model), "copy": scores(policy.plain_copy(model, torch.float32))}
-        with policy.weights_of(model, then):
-            found["scores then"] = scores(model)
-        weights = policy.gathered_weights(model)
-        if rank() == 0:
-            policy.save_policy(model, tokenizer, f"{folder}{lora_rank}", weights)
-        assert policy.is_sharded(model) == shard and policy.rank_share(torch.ones(())) == (0.5 if shard else 1.0)
-        results.append((found, sum(p.numel() for p in then.values())))
-    return results
+def computed(base, folder, shard) -> dict:
+    """What must be equal of a whole model and of one that is sharded over two ranks, each with one sequence."""
+    model, tokenizer = load_policy(base, "float32", "cpu")
+    mine = slice(rank(), None, 2) if shard else slice(None)
+    if shard:
+        policy.shard(model)
+    then = policy.snapshot(model)
+    move(model, 0.01)
+    token_logprobs(model, IDS[mine], ONES[mine]).sum().backward()
+    found = {f"gradient {n}": policy.whole(p.grad) for n, p in policy.trained_parameters(model).items()}
+    twin = policy.plain_copy(model, torch.float32)
+    assert not any(p.requires_grad for p in twin.parameters())
+    found |= {"scores": scores(model), "copy": scores(twin)}
+    with policy.weights_of(model, then):
+        found["scores then"] = scores(model)
+    weights = policy.gathered_weights(model)
+    if rank() == 0:
+        policy.save_policy(model, tokenizer, folder, weights)
+    assert policy.is_sharded(model) == shard and policy.rank_share(torch.ones(())) == (0.5 if shard else 1.0)
+    return found
 
 
 def test_a_sharded_model_computes_and_saves_what_a_whole_one_does(base, tmp_path):
-    first, second = on_two_ranks(computed, tmp_path, base, True, str(tmp_path / "sharded"))
-    for k, (whole, number) in enumerate(computed(base, False, str(tmp_path / "whole"))):
-        assert first[k][1] + second[k][1] == number
-        for found in (first[k][0], second[k][0]):
-            torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
-        folders = [load(tmp_path / f"{name}{2 * k}", lora_rank=2 * k) for name in ("whole", "sharded")]
-        torch.testing.assert_close(*map(scores, folders))
-
-
-# -------------------------------------------------------------------------------------------------- log-probabilities
+    ranks = on_two_ranks(computed, tmp_path, base, str(tmp_path / "sharded"), True)
+    whole = computed(base, tmp_path / "whole", False)
+    for found in ranks:
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*(scores(load(tmp_path / name)) for name in ("whole", "sharded")))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -239,13 +215,6 @@ def test_token_logprobs_agree_with_the_plain_way(tiny, temperature):
         logits = tiny[0](input_ids=IDS[b : b + 1, :length]).logits[0].double() / temperature
         expected[b, 1:length] = logits.log_softmax(-1)[:-1].gather(1, IDS[b, 1:length, None])[:, 0]
     torch.testing.assert_close(token_logprobs(tiny[0], IDS, attention, temperature), expected, atol=1e-5, rtol=0)
-
-
-def test_token_logprobs_of_a_mask_are_the_same_numbers_and_gradients(tiny):
-    model = copy.deepcopy(tiny[0])
-    some, every = token_logprobs(model, IDS, ONES, mask_B_T=MASK), token_logprobs(model, IDS, ONES) * MASK
-    torch.testing.assert_close(some, every, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(gradient_of(model, some), gradient_of(model, every), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype, tolerance, size", [("float32", 1e-6, 1e-5), ("bfloat16", 0.02, 0.02)])

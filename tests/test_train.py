@@ -19,7 +19,6 @@ from law import (
     gradient,
     law_trainer,
     near,
-    on_two_ranks,
     play,
     run_script,
     small_args,
@@ -28,6 +27,7 @@ from law import (
     use,
     weights,
 )
+from ranks import on_two_ranks
 
 import distributed
 import eval as evaluation

@@ -223,7 +223,7 @@ def test_an_agent_behind_a_server_that_fails_is_counted_as_invalid(told, tmp_pat
     answers += [500]
     monkeypatch.setattr(evaluation, "API_RETRIES", 1)
     args = evaluation.Args(model_name_or_path="openai/m", api_base=address, output=str(tmp_path / "out"), **SHORT)
-    with pytest.raises(evaluation.StopRun, match=r"4 of 4 conversations ended in an error .* InternalServerError"):
+    with pytest.raises(evaluation.StopRun, match=r"4 of 4 conversations ended in an error.*InternalServerError"):
         evaluation.run_evaluation(args)
     assert all(r["reward"] is None for r in evaluation.read_trials(tmp_path / "out"))
 
