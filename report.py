@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit  # scipy.stats.t.ppf, without the second that scipy.stats takes to import
 
 from distributed import write_text
@@ -176,11 +177,12 @@ def learning_curves(groups):
         axes.set_xlabel("optimiser step" if logged else "stages trained", fontsize=7)
         axes.set_title(textwrap.fill(name, 34), fontsize=7)
         axes.tick_params(labelsize=6)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in grid[len(groups) :]:
         axes.axis("off")
     figure.supylabel("mean reward", fontsize=8)
-    style = {"title": "lines: rollouts; filled: evaluation; hollow: warm start", "fontsize": 7, "title_fontsize": 7}
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, **style)
+    style = {"title": "lines: rollouts; filled: evaluation; hollow: warm start" if logged else None, "fontsize": 7}
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, title_fontsize=7, **style)
     return figure
 
 
@@ -204,7 +206,8 @@ def name_groups(summaries) -> tuple[list[str], str]:
     """(the name of each run's group, a note). Runs with equal settings are a group. It is named by its algorithm and
     the settings in which it differs from most groups; the note gives their usual values."""
     settings = pd.DataFrame({k: json.dumps(v) for k, v in s["config"].items() if k not in OF_A_RUN} for s in summaries)
-    settings = settings.fillna("null")  # of a run whose version had no such setting
+    for name, values in settings.items():  # of a run whose version had no such setting
+        settings[name] = values.fillna("null" if "null" in values.values else values.mode().iloc[0])
     algorithms = [s["cl_algorithm"] for s in summaries]
     usual = settings[~settings.assign(cl_algorithm=algorithms).duplicated()].mode().iloc[0]
     unusual = settings.ne(usual)
