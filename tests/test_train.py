@@ -248,14 +248,15 @@ def extra_steps_on_a_rank(base):
 def test_losses_of_algorithms_do_not_depend_on_ranks_or_shards(tmp_path):
     base = str(tmp_path / "base")
     policy.save_policy(*policy.load_policy("tiny", "float32", "cpu"), base)
+    penalty, rehearsed, lora = penalty_step(), rehearsed_step(), lora_step(base)
+    held = [held_step(ewc_lambda=strength) for strength in (0.0, 300.0)]  # without EWC most of it is LwF's
+    assert rehearsed[:-1].norm() > 1e-3 and all(others[-1] > 0.1 for _, others in held)
     for found in on_two_ranks(extra_steps_on_a_rank, tmp_path, base):
-        assert all(apart(step, penalty_step()) < 1e-5 for step in found["penalty"])
-        for k, (step, rest) in enumerate(found["held"]):
-            expected, others = held_step(ewc_lambda=(0.0, 300.0)[k % 2])  # without EWC most of it is LwF's
-            assert apart(step, expected) < 1e-5 and apart(rest, others) < 1e-5 and others[-1] > 0.1
-        rehearsed = rehearsed_step()
-        assert rehearsed[:-1].norm() > 1e-3 and all(apart(step, rehearsed) < 1e-5 for step in found["rehearsed"])
-        assert all(apart(step, lora_step(base)) < 0.02 for step in found["lora"])  # bfloat16
+        assert all(apart(step, penalty) < 1e-5 for step in found["penalty"])
+        for (step, rest), (expected, others) in zip(found["held"], held * 2, strict=True):
+            assert apart(step, expected) < 1e-5 and apart(rest, others) < 1e-5
+        assert all(apart(step, rehearsed) < 1e-5 for step in found["rehearsed"])
+        assert all(apart(step, lora) < 0.02 for step in found["lora"])  # bfloat16
 
 
 def spoilt(trajectory):
