@@ -190,7 +190,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
     if args.model_name_or_path == "tiny":
         changed = [f"{name} {value}" for name, value in TINY.items() if getattr(args, name) == value]
         say(f"settings of the embedded policy: {', '.join(changed)}")
-    bar = tqdm(total=len(plan), disable=rank > 0 or None)
+    bar = tqdm(total=len(plan), initial=state["position"], disable=rank > 0 or None)
     for position in range(state["position"], len(plan)):
         stage, phase, step = plan[position]
         if phase == "warmup" and state["warm"] == stage:  # its target is reached
@@ -199,7 +199,6 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
         domain, domains = trainer.domain, trainer.domains
         clock = distributed.Clock()
         bar.set_description(f"{trainer.stages[stage]}: {phase}")
-        bar.update(position - bar.n)
 
         if phase in ("warmup", "grpo"):
             # 1. Tasks: the next ones, and those that the algorithms add. Every rank draws the same list.
@@ -335,6 +334,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
 
         # 8. Checkpoints: at the end of each phase, and every few GRPO steps.
         state["position"] = position + 1
+        bar.update(position + 1 - bar.n)
         ended = plan[position + 1 :][:1] != [(stage, phase, step + 1)] or (phase == "warmup" and state["warm"] == stage)
         number = stop.on_any_rank()
         if ended or number or (phase == "grpo" and (step + 1) % args.checkpoint_every == 0):

@@ -116,6 +116,16 @@ def test_lora_and_several_updates_resume_exactly(dtype, tmp_path, monkeypatch):
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
 
 
+def assert_damage_is_named(path, folder, monkeypatch, capsys):
+    """A file of the checkpoint that is missing, or has the right size and no content."""
+    saved = path.read_bytes()
+    with monkeypatch.context() as patch:
+        for spoilt in (None, bytes(len(saved))):
+            path.unlink() if spoilt is None else path.write_bytes(spoilt)
+            assert "damaged" in refused(patch, capsys, "--resume", str(folder))
+    path.write_bytes(saved)
+
+
 STORED = ["--replay_kind", "trajectories", "--buffer_policy", "lars", "--replay_buffer_size", "3", "--lr_decay", "0.99"]
 
 
@@ -143,13 +153,8 @@ def test_penalties_beside_replay_survive_a_stop(tmp_path, monkeypatch, capsys):
     folder = stopped_run(tmp_path, monkeypatch, *flags)
     training = folder / "checkpoints" / "LAST" / "training"
     assert json.loads((training / "state.json").read_text())["algorithms"][1]["recent"]
-    with monkeypatch.context() as patch:
-        for path in (training / "algorithm_1.safetensors", training / "algorithm_2.safetensors"):
-            saved = path.read_bytes()
-            for spoilt in (None, bytes(len(saved))):
-                path.unlink() if spoilt is None else path.write_bytes(spoilt)
-                assert "damaged" in refused(patch, capsys, "--resume", str(folder))
-            path.write_bytes(saved)
+    for path in (training / "algorithm_1.safetensors", training / "algorithm_2.safetensors"):
+        assert_damage_is_named(path, folder, monkeypatch, capsys)
     resume(folder)
     assert_equal_runs(tmp_path / "whole", folder)
     assert whole["statistics"]["tasks held"] == 1 and whole["statistics"]["replayed"] > 0
@@ -163,12 +168,7 @@ def test_generative_replay_survives_a_stop(step, tmp_path, monkeypatch, capsys):
     folder = stopped_run(tmp_path, monkeypatch, *flags, step=step)
     path = folder / "checkpoints" / "LAST" / "training" / "algorithm_0.safetensors"
     assert any(name.startswith("teacher.") for name in load_file(path)) == (step == 2)
-    saved = path.read_bytes()
-    with monkeypatch.context() as patch:
-        for spoilt in (None, bytes(len(saved))):
-            path.unlink() if spoilt is None else path.write_bytes(spoilt)
-            assert "damaged" in refused(patch, capsys, "--resume", str(folder))
-    path.write_bytes(saved)
+    assert_damage_is_named(path, folder, monkeypatch, capsys)
     resume(folder)
     assert_equal_runs(tmp_path / "whole", folder)
 
