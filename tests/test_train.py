@@ -20,6 +20,7 @@ from law import (
     law_trainer,
     near,
     play,
+    refused,
     run_script,
     small_args,
     small_run,
@@ -141,7 +142,7 @@ def test_stored_conversations_obey_the_gradient_law(loss_type):
 
 # The third order leaves rank 1 with the group that does not vary alone: it has nothing to compute.
 ORDERS = [(0, 1, 2, 3), (0, 1, 2), (0, 3, 1, 3, 2, 3)]
-CASES = [(loss, ORDERS[2], False) for loss in grpo.LOSS_TYPES]
+CASES = [(loss, ORDERS[2], False) for loss in ("dapo", "grpo", "dr_grpo", "cispo")]
 CASES += [("dapo", ORDERS[1], False), ("gspo", ORDERS[2], True), *(("dapo", order, True) for order in ORDERS)]
 REPLAY_CASES = [("dapo", False), ("grpo", False), ("dapo", True)]
 
@@ -417,7 +418,7 @@ def test_the_models_directory_holds_one_file_of_weights(finished):
     assert [path.name for path in (folder / "checkpoints" / "LAST").glob("*.safetensors")] == ["model.safetensors"]
 
 
-def test_two_ranks_run_the_same_code(tmp_path):
+def test_two_ranks_run_the_same_code(tmp_path, monkeypatch, capsys):
     flags = [*SMALL, "--cl_algorithm", "replay", "--runs_dir", str(tmp_path), "--run_name", "two"]
     shown = run_script("train.py", *flags, launcher=TWO_RANKS)
     assert shown.returncode == 0, shown.stderr
@@ -427,8 +428,7 @@ def test_two_ranks_run_the_same_code(tmp_path):
     records = report.read_jsonl(tmp_path / "two" / "trajectories.jsonl")
     first = [t for t in records if t["global_step"] == 0 and t["kind"] == "rollout"]
     assert len(first) == 2 * 2 * 2  # ranks, gradient_accumulation_steps, samples
-    resumed = run_script("train.py", "--resume", str(tmp_path / "two"))
-    assert resumed.returncode == 2 and "finished" in resumed.stderr
+    assert "finished" in refused(monkeypatch, capsys, "--resume", str(tmp_path / "two"))
 
 
 def test_joint_training_draws_from_all_domains(tmp_path):
