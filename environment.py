@@ -37,9 +37,6 @@ warnings.filterwarnings("ignore", message="Items? .* on TypedDict class")  # lit
 MAX_TEXT = 20_000  # characters of one agent message, or of one tool call's arguments
 
 
-# ------------------------------------------------------------------------------------------- private copies
-
-
 class CopyOnWrite(dict):
     """A table of a shared database. A record is copied the first time it is reached by its key.
 
@@ -97,7 +94,7 @@ def registered(domain: str) -> str:
     """The name of a domain that tau2 has an environment and tasks for; ValueError for any other."""
     known = sorted(set(registry.get_domains()) & set(registry.get_task_sets()))
     if domain not in known:
-        raise ValueError(f"unknown domain {domain!r}; choose one of {', '.join(known)}")
+        raise ValueError(f"unknown domain {domain!r}; choose one of {', '.join(known)}, or register it with tau2 first")
     return domain
 
 
@@ -132,14 +129,9 @@ def make_env(domain, task=None, solo=False) -> Environment:
     return env
 
 
-# -------------------------------------------------------------------------------------------------- changes
-
-
-def _plain(value):
-    return value.model_dump() if hasattr(value, "model_dump") else str(value)
-
-
-_canonical = json.JSONEncoder(sort_keys=True, default=_plain).encode  # the text that tau2 hashes, of part of a database
+def _canonical(value) -> str:
+    """The text that tau2 hashes, of part of a database."""
+    return json.dumps(value, sort_keys=True, default=lambda v: v.model_dump() if hasattr(v, "model_dump") else str(v))
 
 
 @functools.cache
@@ -182,9 +174,6 @@ def gold_changes(domain: str, task: Task) -> dict:
                 env.make_tool_call(tool_name=action.name, requestor=action.requestor, **action.arguments)
         _GOLD[id(task)] = (task, changes(domain, env))
     return _GOLD[id(task)][1]
-
-
-# --------------------------------------------------------------------------------------------- safe tool calls
 
 
 def _check_values(value, depth=1):

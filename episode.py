@@ -12,8 +12,9 @@ import functools
 import re
 
 import environment
+import users
 from environment import MAX_TEXT, V1, checked_call, make_env
-from users import OUT_OF_SCOPE, STOP, TRANSFER, USERS, UserFailed
+from users import OUT_OF_SCOPE, STOP, TRANSFER, UserFailed
 
 # isort: split
 from tau2.agent.llm_agent import LLMAgent, LLMSoloAgent
@@ -33,8 +34,9 @@ def strip_thinking(text: str | None) -> str:
 
 
 def is_solo(domain, user) -> bool:
-    """Whether the agent has a ticket and both tool sets instead of a user."""
-    return user == "solo" or (getattr(USERS.get(user), "solo", False) and _has_tickets(domain))
+    """Whether the agent has a ticket and both tool sets instead of a user: a property of the user's class."""
+    solo = getattr(users.kind(user), "solo", False)
+    return solo == "always" or (solo and _has_tickets(domain))
 
 
 @functools.cache
@@ -64,20 +66,17 @@ class Episode:
     messages so far: what the evaluator reads), done, termination (a TerminationReason value, "" while running), turns
     (of the agent), calls, failed_calls, errors. slow: opening() and act() may wait for a server.
 
-    `user` names an entry of users.USERS, or "solo" for tau2's solo mode: a ticket instead of a user, both tool sets in
-    the agent's hands, and the tool `done` to end. "scripted" means solo mode if every task of the domain has a ticket
-    (telecom). Raises ValueError for an unknown user, and for solo mode without a ticket.
+    `user`: a name in users.USERS. In tau2's solo mode (see `is_solo`) the agent has a ticket instead of a user, both
+    tool sets, and the tool `done` to end. Raises ValueError for an unknown user, and for solo mode without a ticket.
     """
 
     def __init__(self, domain, task, user="scripted", max_turns=30):
-        if user not in (*USERS, "solo"):
-            raise ValueError(f"unknown user {user!r}; choose one of {', '.join([*USERS, 'solo'])}")
         self.domain, self.task, self.max_turns = domain, task, max_turns
         self.solo = is_solo(domain, user)
         if self.solo and not task.ticket:
             raise ValueError(f"task {task.id} of {domain} has no ticket, which solo mode needs")
         self.env = make_env(domain, task, self.solo)
-        self.user = None if self.solo else USERS[user](task, self.env)
+        self.user = None if self.solo else users.USERS[user](task, self.env)
         self.slow = getattr(self.user, "slow", False)
         agent = object.__new__(LLMSoloAgent if self.solo else LLMAgent)  # only to read its prompt
         agent.domain_policy, agent.task = self.env.policy, task

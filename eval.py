@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import joblib
 import tyro
 from annotated_types import MinLen
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 import distributed
@@ -32,13 +32,14 @@ import users
 import litellm
 
 from distributed import StopRun, all_gather_json, barrier, rank, world_size
-from grpo import Trajectory
-from metrics import cl_metrics, measure, overall, text_metrics  # noqa: F401, cl_metrics is for run.py
+from grpo import PASS, Trajectory
+from metrics import cl_metrics, measure, overall, text_metrics, transfer_so_far  # noqa: F401, for run.py
 from report import compare, read_jsonl, show_conversations
 
 MAX_INVALID_SHARE = 0.5  # of the conversations; with more environment errors the run stops
 AT_ONCE = 256  # conversations with a policy, on each rank
 API_AT_ONCE, API_RETRIES = 16, 3  # conversations with an agent behind an API; repetitions of a failed request
+Threshold = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -51,17 +52,19 @@ class Flags:
     """evaluate on the first tasks of each domain only, this many"""
     eval_trials: PositiveInt = 1
     """conversations per task in an evaluation"""
+    pass_threshold: Threshold = PASS
+    """a conversation passes with this reward or more. Default: tau2's, 1"""
 
 
-def score_and_record(episode, trajectory) -> dict:
+def score_and_record(episode, trajectory, evaluation_type="all") -> dict:
     """Sets the trajectory's reward and the episode's `reward_info`, and returns a record of the conversation as JSON.
     If the environment or the evaluator failed, the trajectory becomes invalid and the record's reward is None."""
     parts, episode.reward_info = {}, None
     if trajectory.valid:
         try:
-            episode.reward_info = oracle.score(episode)
+            episode.reward_info = oracle.score(episode, evaluation_type)
             trajectory.reward = episode.reward_info.reward
-            parts = oracle.reward_parts(episode.task, episode.reward_info)
+            parts = oracle.reward_parts(episode.task, episode.reward_info, evaluation_type)
         except Exception as error:  # named in the record, and counted
             trajectory.valid, trajectory.error = False, f"{type(error).__name__}: {error}"
     return {
@@ -95,6 +98,8 @@ def evaluate_tasks(
     max_turns=30,
     seed=0,
     label="evaluate",
+    evaluation_type="all",
+    pass_threshold=PASS,
     known=(),
     on_records=lambda records: None,
     on_record=lambda record, episode: None,
@@ -119,7 +124,7 @@ def evaluate_tasks(
     with tqdm(total=len(todo[rank() :: world_size()]), desc=label, leave=False, disable=rank() > 0) as bar:
 
         def finish(episode, trajectory):
-            records.append({**score_and_record(episode, trajectory), "trial": trials[id(episode)]})
+            records.append({**score_and_record(episode, trajectory, evaluation_type), "trial": trials[id(episode)]})
             bar.update()
             on_record(records[-1], episode)
 
@@ -133,7 +138,8 @@ def evaluate_tasks(
     records += [record for key, record in known.items() if key in jobs]
     stop_if_invalid(records)
     on_records(records)
-    found = {domain: measure(records, domain, tasks, num_trials) for domain, tasks in tasks_by_domain.items()}
+    settings = (num_trials, user, evaluation_type, pass_threshold)
+    found = {domain: measure(records, domain, tasks, *settings) for domain, tasks in tasks_by_domain.items()}
     return {domain: {**metrics, "trials": num_trials, "user": user} for domain, metrics in found.items()}
 
 
@@ -181,7 +187,9 @@ USUAL = {  # the settings that a checkpoint's run gives, and their defaults
     "max_new_tokens": rollout.Flags.max_new_tokens,
     "max_turns": oracle.Flags.max_turns,
     "model_dtype": policy.Flags.model_dtype,
-    "retrieval": oracle.Flags.retrieval,
+    "retrieval": oracle.RETRIEVAL,
+    "evaluation_type": oracle.Flags.evaluation_type,
+    "pass_threshold": Flags.pass_threshold,
 }
 ASKED = ("api_base", "judge", "user_api_base", "user_temperature", "seed")
 LIMITS = ("max_context", "max_user_tokens", "max_tool_tokens")
@@ -210,7 +218,8 @@ class Args:
     user_temperature: NonNegativeFloat = 0.0
     """sampling temperature of the user's model"""
     retrieval: str | None = None
-    """see train.py. Default: as in the checkpoint's run, else bm25"""
+    """how the agent of banking_knowledge (tau2 1.0) reads documents: bm25 (the default), bm25_grep, grep_only,
+    golden_retrieval, full_kb, no_knowledge, or another of tau2's that needs a server"""
     judge: str | None = None
     """litellm name of the model that judges assertions in words (retail in tau2 1.0). Default: they are left out"""
     judge_api_base: str | None = None
@@ -223,6 +232,10 @@ class Args:
     """agent turns per conversation. Default: as in the checkpoint's run, else 30"""
     model_dtype: Literal[*policy.DTYPES] | None = None
     """type to compute in. Default: as in the checkpoint's run, else bfloat16"""
+    evaluation_type: oracle.EvaluationType | None = None
+    """parts of tau2's reward that count. Default: as in the checkpoint's run, else all"""
+    pass_threshold: Threshold | None = None
+    """a conversation passes with this reward or more. Default: as in the checkpoint's run, else tau2's, 1"""
     seed: NonNegativeInt = 0
     """seed of the sampling"""
     output: str | None = None
@@ -263,11 +276,12 @@ def complete(args: Args) -> tuple[Args, dict, dict]:
     settings = {
         "model": resolved(args.model_name_or_path),
         "user": resolved(args.user, "policy:"),
-        **{name: getattr(args, name) for name in (*ASKED, *USUAL)},
+        **{name: getattr(args, name) for name in (*ASKED, *USUAL) if name != "pass_threshold"},
         **{name: config.get(name) for name in LIMITS},
         **oracle.data_version(),
     }
-    tasks = {domain: oracle.load_tasks(domain, args.split, args.max_tasks) for domain in args.domains}
+    cut = (args.max_tasks, config.get("train_split", oracle.Flags.train_split), config.get("seed", 0))
+    tasks = {domain: oracle.load_tasks(domain, args.split, *cut) for domain in args.domains}
     tasks |= {d: [task for task in tasks[d] if task.id in chosen[d]] for d in tasks if d in chosen}
     return args, settings, tasks
 
@@ -287,9 +301,10 @@ def open_folder(folder, settings) -> list[dict]:
         raise ValueError(f"{folder} is not empty and holds no evaluation; choose another --output")
     before = json.loads(path.read_text()) if path.is_file() else settings
     for name, value in settings.items():
-        if before.get(name) != value:
-            made = f"were made with {name} {before.get(name)}, not {value}"
-            raise ValueError(f"the trials in {folder} {made}; choose another --output")
+        made = before.get(name, USUAL.get(name))  # a version without this setting had its default
+        if made != value:
+            other = f"{name} {made}, not {value}"
+            raise ValueError(f"the trials in {folder} were made with {other}; choose another --output")
     known = [record for record in read_trials(folder) if record["reward"] is not None]
     barrier()  # every rank has read them
     folder.mkdir(parents=True, exist_ok=True)
@@ -324,19 +339,22 @@ def run_evaluation(args: Args):
     trials = []
     about = {"user": args.user, "max_turns": args.max_turns, "seed": args.seed}
     sampling |= {"known": known, "on_record": keep, "on_records": trials.extend}
+    sampling |= {"evaluation_type": args.evaluation_type, "pass_threshold": args.pass_threshold}
     metrics = evaluate_tasks(model, tokenizer, tasks, args.num_trials, **about, **sampling)
     if rank() > 0:
         return
     metrics["overall"] = overall(metrics, trials, tasks)
-    distributed.write_json(folder / "metrics.json", {**settings, "num_trials": args.num_trials, "metrics": metrics})
+    settings |= {"num_trials": args.num_trials, "pass_threshold": args.pass_threshold}
+    distributed.write_json(folder / "metrics.json", {**settings, "metrics": metrics})
     (folder / "tau2").mkdir(exist_ok=True)
     about |= {"model": settings["model"], "num_trials": args.num_trials}
     for domain in tasks:
         simulations = [r["simulation"] for r in trials if r["domain"] == domain and r["reward"] is not None]
         oracle.tau2_results(domain, tasks[domain], simulations, **about).save(folder / "tau2" / f"{domain}.json")
-    table = text_metrics(metrics)
+    table, header = text_metrics(metrics), [f"{args.split} split", f"{args.user} user", settings["tau2"]]
+    header += [f"{args.evaluation_type} part of the reward only"] if args.evaluation_type != "all" else []
     (folder / "table.md").write_text(table + "\n")
-    print(f"{settings['model']}, {args.split} split, {args.user} user, {settings['tau2']}\n\n{table}\n\n{folder}")
+    print(f"{settings['model']}, {', '.join(header)}\n\n{table}\n\n{folder}")
 
 
 def main():

@@ -61,6 +61,18 @@ def cl_metrics(R, baseline=None, joint=None) -> dict:
     return {name: value if value is None else round(value, 12) for name, value in found.items()}
 
 
+def transfer_so_far(R) -> dict:
+    """The metrics of the domains trained so far: `R` has a row for each of them, and a column for every domain.
+    `current` is the score on the last one.
+
+    >>> transfer_so_far([[0.8, 0.1, 0.0], [0.3, 0.9, 0.0]])
+    {'average': 0.6, 'current': 0.9, 'backward_transfer': -0.5, 'forgetting': 0.5}
+    """
+    found = cl_metrics([row[: len(R)] for row in R])
+    found["current"] = R[-1][len(R) - 1]
+    return {name: found[name] for name in ("average", "current", "backward_transfer", "forgetting")}
+
+
 def bootstrap(*strata, resamples=10_000, seed=0) -> tuple[float, float]:
     """95% interval of the mean of values (one per task) by the percentile bootstrap (Efron 1979). Several strata (one
     per domain): of the mean of their means. (0, 0) without values."""
@@ -80,42 +92,46 @@ def rewards_by_task(records, domain, tasks) -> list[list[float]]:
     return [rewards for rewards in found if rewards]
 
 
-def measure(records, domain, tasks, num_trials) -> dict:
+def measure(records, domain, tasks, num_trials, user="scripted", evaluation_type="all", pass_threshold=PASS) -> dict:
     """Metrics of one domain's records: reward_mean, its 95% interval over tasks (reward_low, reward_high; see
     `bootstrap`), reward_std (over conversations), pass_rate, pass_hat_1 to pass_hat_<num_trials>, tool_accuracy (share
     of gold actions taken), turns, truncated (a share), invalid and tasks (numbers), reward_parts (the mean of each),
-    and the scores of doing nothing: do_nothing_rate, do_nothing_parts. Invalid conversations count in turns, truncated
-    and invalid only."""
+    and the scores of doing nothing: do_nothing_rate (None if there is none), do_nothing_parts. Invalid conversations
+    count in turns, truncated and invalid only. A reward of `pass_threshold` or more passes."""
     records = [r for r in records if r["domain"] == domain]
     valid = [r for r in records if r["reward"] is not None]
     rewards = [r["reward"] for r in valid]
     by_task = rewards_by_task(records, domain, tasks)
     low, high = bootstrap([np.mean(found) for found in by_task])
+    floor, floor_parts = oracle.do_nothing(domain, tasks, user, evaluation_type)
     metrics = {
         "reward_mean": mean(rewards),
         "reward_low": low,
         "reward_high": high,
         "reward_std": float(np.std(rewards)) if rewards else 0.0,
-        "pass_rate": mean([r >= PASS for r in rewards]),
+        "pass_rate": mean([r >= pass_threshold for r in rewards]),
         "tool_accuracy": mean([r["tool_accuracy"] for r in valid if r["tool_accuracy"] is not None]),
-        "do_nothing_rate": oracle.do_nothing_reward(domain, tasks),
+        "do_nothing_rate": floor,
         "turns": mean([r["turns"] for r in records]),
         "truncated": mean([r["truncated"] for r in records]),
         "invalid": len(records) - len(valid),
         "tasks": len(tasks),
         "reward_parts": oracle.mean_parts([r["reward_parts"] for r in valid]),
-        "do_nothing_parts": oracle.do_nothing_parts(domain, tasks),
+        "do_nothing_parts": floor_parts,
     }
+    passed = [[r >= pass_threshold for r in found] for found in by_task]
     for k in range(1, num_trials + 1):
-        values = [pass_hat_k(sum(r >= PASS for r in found), len(found), k) for found in by_task if len(found) >= k]
-        metrics[f"pass_hat_{k}"] = mean(values)
+        metrics[f"pass_hat_{k}"] = mean([pass_hat_k(sum(p), len(p), k) for p in passed if len(p) >= k])
     return metrics
 
 
 def overall(metrics, records, tasks) -> dict:
-    """Means over the domains, with equal weights. The interval is over tasks within domains."""
-    names = [name for name, value in next(iter(metrics.values())).items() if isinstance(value, float)]
-    found = {name: mean([values[name] for values in metrics.values()]) for name in names}
+    """Means over the domains, with equal weights; None if a domain has none. The interval is over tasks in domains."""
+    found = {}
+    for name, value in next(iter(metrics.values())).items():
+        if isinstance(value, float | None):
+            values = [of_domain[name] for of_domain in metrics.values()]
+            found[name] = None if None in values else mean(values)
     strata = [[np.mean(r) for r in rewards_by_task(records, domain, chosen)] for domain, chosen in tasks.items()]
     found["reward_low"], found["reward_high"] = bootstrap(*strata)
     return {**found, **{name: sum(values[name] for values in metrics.values()) for name in ("invalid", "tasks")}}
@@ -123,15 +139,19 @@ def overall(metrics, records, tasks) -> dict:
 
 def text_metrics(metrics) -> str:
     """A Markdown table: a row per metric, a column per domain. In brackets: the score of doing nothing."""
+
+    def text(value):
+        return "n/a" if value is None else f"{value:.3f}"
+
     parts = sorted({part for values in metrics.values() for part in values.get("reward_parts", {})})
     columns = {}
     for domain, v in metrics.items():
         found, floor = v.get("reward_parts", {}), v.get("do_nothing_parts", {})
         columns[domain] = {
-            "reward (doing nothing)": f"{v['reward_mean']:.3f} ({v['do_nothing_rate']:.3f})",
+            "reward (doing nothing)": f"{v['reward_mean']:.3f} ({text(v['do_nothing_rate'])})",
             "95% interval": f"{v['reward_low']:.3f} ... {v['reward_high']:.3f}",
             **{f"pass^{n.removeprefix('pass_hat_')}": f"{v[n]:.3f}" for n in v if n.startswith("pass_hat_")},
-            **{f"part {p}": f"{found[p]:.3f} ({floor.get(p, 0):.3f})" if p in found else "" for p in parts},
+            **{f"part {p}": f"{found[p]:.3f} ({text(floor.get(p))})" if p in found else "" for p in parts},
             "gold actions taken": f"{v['tool_accuracy']:.3f}",
             "turns": f"{v['turns']:.1f}",
             "truncated": f"{v['truncated']:.3f}",

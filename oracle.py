@@ -8,8 +8,7 @@ Differences from tau2, for speed or safety. Rewards equal those of tau2's evalua
 `score(..., verify=True)` at any time):
 - environments are copy-on-write views of one database (environment.py);
 - tau2's evaluator compares the live environment with the gold actions' changes, instead of replaying the conversation;
-- a tool call that is not safe (malformed JSON, NaN, `**` in calculate, long arguments) is answered with an error, which
-  is recorded as a system message that the evaluator ignores.
+- a tool call that is not safe is answered with an error (episode.py).
 """
 
 import contextvars
@@ -30,17 +29,20 @@ from pydantic import Field, PositiveInt
 import environment
 from environment import V1, all_tasks, changes, gold_changes, make_env, registry  # noqa: F401
 from episode import MAX_ERRORS, STOP, Episode, is_solo
-from users import served_at
+from users import scripted_like, served_at
 
 # isort: split
 from tau2.data_model.message import AssistantMessage
 from tau2.data_model.simulation import AgentInfo, Info, Results, RewardInfo, SimulationRun, TerminationReason, UserInfo
 from tau2.data_model.tasks import Task
-from tau2.evaluator.evaluator import EvaluationType, evaluate_simulation
+from tau2.evaluator import evaluator
 from tau2.evaluator.evaluator_action import ActionEvaluator
 from tau2.utils.utils import DATA_DIR
 
 DOMAINS = ("airline", "retail", "telecom")
+EvaluationType = Literal["all", "env", "action", "communicate"]
+BatchOrder = Literal["shuffled", "sequential", "balanced"]
+RETRIEVAL = "bm25"  # how the agent of banking_knowledge (tau2 1.0) reads documents, unless use_retrieval says otherwise
 DONE = {"tool_calls": [{"function": {"name": "done", "arguments": {}}}]}  # ends a conversation in solo mode
 
 
@@ -51,19 +53,18 @@ class Flags:
     task_order: list[str] = field(default_factory=lambda: list(DOMAINS))
     """the domains, in the order of training"""
     max_tasks_per_domain: PositiveInt | None = None
-    """train on this many tasks of each domain. Default: all"""
-    task_selection: Literal["all", "short"] = "all"
-    """all: the first tasks in tau2's order; short: the shortest that need two actions or more"""
+    """train on the first tasks of each domain, this many. Default: all. The embedded policy takes the shortest"""
     train_split: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """share of the tasks to train on, in a domain without splits of its own"""
+    batch_order: BatchOrder = "shuffled"
+    """order of the tasks in an epoch. sequential: tau2's; balanced: shuffled so that each batch spans the difficulties,
+    which are past pass rates"""
+    evaluation_type: EvaluationType = "all"
+    """parts of tau2's reward that count, in training and evaluation"""
     user: str = "scripted"
     """scripted (telecom in tau2's solo mode), scripted-tools (telecom with the user's own tools), or solo. For tau2's
-    simulated user: a litellm name such as openai/NAME, or policy:PATH for a local model"""
-    user_api_base: str | None = None
-    """address of the OpenAI-compatible server of the user's model"""
-    retrieval: str = "bm25"
-    """how the agent of banking_knowledge (tau2 1.0) reads documents: bm25, bm25_grep, grep_only, golden_retrieval,
-    full_kb, no_knowledge, or another of tau2's that needs a server"""
+    simulated user: a litellm name such as openai/NAME (the environment variable OPENAI_BASE_URL names a server of your
+    own), or policy:PATH for a local model"""
     max_turns: PositiveInt = 30
     """agent turns per conversation"""
 
@@ -104,25 +105,39 @@ def short_tasks(domain, split, count, train_split=0.8, seed=0) -> list[Task]:
         criteria = task.evaluation_criteria
         if criteria is None or len(criteria.actions or []) < 2:
             continue
-        if score(_do_nothing(domain, task), "env").reward > 0.0:  # not "all": babble may hold what must be said
+        floor = _do_nothing(domain, task, evaluation_type="env")  # not "all": babble may hold what must be said
+        if floor is not None and floor.reward > 0.0:
             continue
         shown = demonstrate(domain, task)
         length = len(json.dumps(agent_turns(shown)))
         opening = shown.opening()[-1]["content"]  # in telecom many tasks share a ticket
         candidates[opening] = min((length, task.id), candidates.get(opening, (length, task.id)))
     if count > len(candidates):
-        raise ValueError(f"{domain}/{split} has {len(candidates)} short tasks that need two actions, asked for {count}")
+        raise ValueError(f"{domain}/{split} has {len(candidates)} tasks that need two actions, asked for {count}")
     return [all_tasks(domain)[task_id] for _, task_id in sorted(candidates.values())[:count]]
 
 
-def sample_tasks(tasks: list, count: int, step: int, seed) -> list:
-    """The `count` tasks of batch number `step` (from 0): without replacement in an epoch, each epoch a new permutation.
-    A pure function of its arguments, so a resumed run continues in the same order."""
+def sample_tasks(tasks: list, count: int, step: int, seed, order: BatchOrder = "shuffled", pass_rates=None) -> list:
+    """The `count` tasks of batch number `step` (from 0): without replacement in an epoch. A pure function of its
+    arguments, so a resumed run continues in the same order.
+
+    shuffled: each epoch is a new permutation; sequential: each is the list itself; balanced: each is a new permutation,
+    in which every `count` tasks span the difficulties. `pass_rates`: {task: past pass rate}; other tasks have 0.5.
+    Rates that change within an epoch change its permutation.
+    """
     batch = []
     for position in range(step * count, (step + 1) * count):
         epoch, index = divmod(position, len(tasks))
-        order = np.random.default_rng([*np.atleast_1d(seed), epoch]).permutation(len(tasks))
-        batch.append(tasks[order[index]])
+        rng = np.random.default_rng([*np.atleast_1d(seed), epoch])
+        shuffled = rng.permutation(len(tasks))
+        if order == "balanced":
+            rates = [(pass_rates or {}).get(task, 0.5) for task in tasks]
+            ends = np.arange(1, count) * len(tasks) // count
+            strata = np.array_split(sorted(shuffled, key=rates.__getitem__), ends)
+            # The k-th of a stratum's n tasks has the place (k + 1/2) / n: the strata take turns.
+            places = [((k + 0.5) / len(s), i) for s in strata for k, i in enumerate(rng.permutation(s))]
+            shuffled = [i for _, i in sorted(places, key=lambda place: place[0])]
+        batch.append(tasks[index if order == "sequential" else shuffled[index]])
     return batch
 
 
@@ -130,9 +145,8 @@ def training_tasks(args) -> dict[str, list[Task]]:
     """The tasks to train on, by domain; `args` has Flags and a seed. Raises ValueError for what cannot be chosen."""
     if not args.task_order or len(set(args.task_order)) != len(args.task_order):
         raise ValueError(f"task_order must name each domain once, got {args.task_order}")
-    if args.task_selection == "short" and args.max_tasks_per_domain is None:
-        raise ValueError('task_selection "short" needs max_tasks_per_domain')
-    choose = short_tasks if args.task_selection == "short" else load_tasks
+    short = args.model_name_or_path == "tiny" and args.max_tasks_per_domain
+    choose = short_tasks if short else load_tasks
     settings = (args.max_tasks_per_domain, args.train_split, args.seed)
     return {domain: choose(domain, "train", *settings) for domain in args.task_order}
 
@@ -178,15 +192,15 @@ def _graded(task) -> Task:
 def score(episode: Episode, evaluation_type="all", verify=False) -> RewardInfo:
     """tau2's RewardInfo of a finished episode, equal to evaluate_simulation(..., evaluation_type, ...).
 
-    `evaluation_type`: "all", "env", "action", "communicate", or another of tau2's EvaluationType. `verify`: replay
-    the conversation in tau2, and raise RuntimeError if the rewards differ. Raises ValueError for an unfinished episode
-    or an unknown type.
+    `evaluation_type`: one of EvaluationType, or another of tau2's. `verify`: replay the conversation in tau2, and raise
+    RuntimeError if the rewards differ. Raises ValueError for an unfinished episode or an unknown type.
     """
     if not episode.done:
         raise ValueError(f"the episode of task {episode.task.id} is not finished")
     run = SimpleNamespace(messages=episode.messages, termination_reason=TerminationReason(episode.termination))
     _SCORED.set(episode)
-    reward_info = evaluate_simulation(run, _graded(episode.task), EvaluationType(evaluation_type), episode.solo, LIVE)
+    kind = evaluator.EvaluationType(evaluation_type)
+    reward_info = evaluator.evaluate_simulation(run, _graded(episode.task), kind, episode.solo, LIVE)
     if verify:
         theirs = tau2_score(episode, evaluation_type)
         if theirs.model_dump() != reward_info.model_dump():
@@ -198,8 +212,8 @@ def score(episode: Episode, evaluation_type="all", verify=False) -> RewardInfo:
 def tau2_score(episode: Episode, evaluation_type="all") -> RewardInfo:
     """The slow way: tau2's evaluator replays the conversation in environments of its own."""
     kwargs = {"env_kwargs": V1.env_kwargs(episode.domain, episode.task)} if V1 else {}
-    kind, run = EvaluationType(evaluation_type), simulation(episode)
-    return evaluate_simulation(run, _graded(episode.task), kind, episode.solo, episode.domain, **kwargs)
+    kind, run = evaluator.EvaluationType(evaluation_type), simulation(episode)
+    return evaluator.evaluate_simulation(run, _graded(episode.task), kind, episode.solo, episode.domain, **kwargs)
 
 
 def simulation(episode: Episode, reward_info=None, trial=0, seed=None) -> SimulationRun:
@@ -246,11 +260,16 @@ def tool_accuracy(episode: Episode) -> float | None:
     return statistics.fmean(check.action_match for check in checks)
 
 
-def reward_parts(task, reward_info) -> dict[str, float]:
-    """{part of the task's reward basis: its factor}; 0.0 if tau2 has not graded the conversation."""
-    basis = _graded(task).evaluation_criteria.reward_basis if task.evaluation_criteria is not None else []
-    found = {part.value: value for part, value in (reward_info.reward_breakdown or {}).items()}
-    return {**{part.value: 0.0 for part in basis}, **found}
+def reward_parts(task, reward_info, evaluation_type="all") -> dict[str, float]:
+    """{part of the reward that counts: its factor}. In a conversation that tau2 has not graded each is 0.0."""
+    basis = [part.value for part in _graded(task).evaluation_criteria.reward_basis] if task.evaluation_criteria else []
+    if evaluation_type == "env":
+        basis = [part for part in basis if part in ("DB", "ENV_ASSERTION")]
+    elif evaluation_type != "all":
+        basis = [evaluation_type.upper()]
+    graded = reward_info.reward_breakdown
+    found = {part.value: factor for part, factor in (graded or {}).items()}
+    return {**dict.fromkeys(basis, reward_info.reward if graded is None else 1.0), **found}
 
 
 def mean_parts(rows) -> dict[str, float]:
@@ -294,26 +313,32 @@ def agent_turns(episode: Episode) -> list[dict]:
     return turns
 
 
-def _do_nothing(domain, task) -> Episode:
-    episode = Episode(domain, task)
+def _do_nothing(domain, task, user="scripted", evaluation_type="all") -> RewardInfo | None:
+    """The reward of an agent that does nothing. None if an assertion of the task raises then: it may need a record that
+    the agent has to make."""
+    episode = Episode(domain, task, user)
     while not episode.done:
         episode.act(DONE if episode.solo else {"content": "I understand."})
-    return episode
+    try:
+        return score(episode, evaluation_type)
+    except Exception:  # whatever the domain's own code raises
+        return None
 
 
-def do_nothing_rate(domain, split) -> float:
-    """Share of the split's tasks that an agent passes by doing nothing: the floor that any score must beat."""
-    return do_nothing_reward(domain, load_tasks(domain, split))
+def do_nothing_rate(domain, split) -> float | None:
+    """Share of the split's tasks that an agent passes by doing nothing: the floor that any score must beat. None if
+    tau2 cannot grade one of them."""
+    return do_nothing(domain, load_tasks(domain, split))[0]
 
 
-def do_nothing_reward(domain, tasks) -> float:
-    """The same for a list of tasks."""
-    return statistics.fmean(score(_do_nothing(domain, task)).reward for task in tasks)
-
-
-def do_nothing_parts(domain, tasks) -> dict[str, float]:
-    """The mean of each part of the reward over the tasks that have it, for an agent that does nothing."""
-    return mean_parts([reward_parts(task, score(_do_nothing(domain, task))) for task in tasks])
+def do_nothing(domain, tasks, user="scripted", evaluation_type="all") -> tuple[float | None, dict[str, float]]:
+    """(mean reward, mean of each part of the reward) of an agent that does nothing. (None, {}) if tau2 cannot grade one
+    of the tasks."""
+    floors = [_do_nothing(domain, task, scripted_like(user), evaluation_type) for task in tasks]
+    if None in floors:
+        return None, {}
+    parts = [reward_parts(task, floor, evaluation_type) for task, floor in zip(tasks, floors, strict=True)]
+    return statistics.fmean(floor.reward for floor in floors), mean_parts(parts)
 
 
 def corpus(domain, tasks) -> list[str]:
@@ -321,9 +346,9 @@ def corpus(domain, tasks) -> list[str]:
     texts = []
     for task in tasks:
         episode = demonstrate(domain, task)
-        texts.extend(message["content"] for message in episode.opening())
-        texts.extend(json.dumps(turn) for turn in agent_turns(episode))
-        texts.extend(message.content for message in episode.messages if message.content)
+        texts += [message["content"] for message in episode.opening()]
+        texts += [json.dumps(turn) for turn in agent_turns(episode)]
+        texts += [message.content for message in episode.messages if message.content]
     return texts
 
 
@@ -350,12 +375,12 @@ def _hash_of_files(pattern) -> str:
 
 
 def use_retrieval(variant):
-    """Chooses how the agent of banking_knowledge reads documents: see Flags. ValueError for an unknown variant, and for
-    any but the default if tau2 1.x is not installed."""
+    """Chooses how the agent of banking_knowledge reads documents, see eval.Args. ValueError for an unknown variant, and
+    for any but the default if tau2 1.x is not installed."""
     if V1:
         V1.use_retrieval(variant)
         environment.template.cache_clear()
-    elif variant != Flags.retrieval:
+    elif variant != RETRIEVAL:
         raise ValueError(f"retrieval {variant!r} is for banking_knowledge, which needs tau2 1.0; leave it out")
 
 
@@ -381,7 +406,7 @@ def show(domain: str = "retail", split: str = "base", task: str = "0"):
     if task not in by_id:
         raise ValueError(f"no task {task!r} in {domain}/{split}; give an id, or a number below {len(tasks)}")
     episode = demonstrate(domain, by_id[task])
-    print(f"{domain} task {episode.task.id} ({split}), user: {'solo' if episode.solo else 'scripted'}\n")
+    print(f"{domain} task {episode.task.id} ({split}), {'solo mode' if episode.solo else 'scripted user'}\n")
     if episode.solo:
         print(f"[ticket] {episode.task.ticket}\n")
     for message in episode.messages:
@@ -392,12 +417,12 @@ def show(domain: str = "retail", split: str = "base", task: str = "0"):
             text = message.content or ""
             print(f"[{message.role}] {text if len(text) < 400 else text[:400] + ' ...'}")
     reward_info = score(episode, verify=True)
-    floor = do_nothing_reward(domain, [episode.task])
+    floor, _ = do_nothing(domain, [episode.task])
     print(f"\nended by {episode.termination}; reward {reward_info.reward} = {reward_parts(episode.task, reward_info)}")
-    print(f"gold actions matched: {tool_accuracy(episode)}; doing nothing scores {floor}")
+    print(f"gold actions matched: {tool_accuracy(episode)}; doing nothing scores {'n/a' if floor is None else floor}")
 
 
-if __name__ == "__main__":
+def main():
     import tyro
 
     try:
@@ -405,3 +430,7 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"oracle.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -39,17 +39,24 @@ def read_jsonl(path) -> list[dict]:
 
 
 def matrix(summary) -> pd.DataFrame:
-    """Mean rewards, a column per domain: before training, after each training stage, and of doing nothing."""
+    """Mean rewards, a column per domain: before training, after each training stage, and of doing nothing (NaN if there
+    is none)."""
     order = summary["task_order"]
     rows = {"before training": [summary["baseline"][domain] for domain in order]}
     rows |= {f"after {stage}": row for stage, row in zip(summary["stages"], summary["R"], strict=True)}
     rows["doing nothing"] = [summary["do_nothing_rate"][domain] for domain in order]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=order)
+    return pd.DataFrame.from_dict(rows, orient="index", columns=order, dtype=float)
 
 
 def text_matrix(summary) -> str:
     """The transfer matrix as text, see `matrix`."""
-    return matrix(summary).to_string(float_format="{:.2f}".format, col_space=9)
+    return matrix(summary).to_string(float_format="{:.2f}".format, col_space=9, na_rep="n/a")
+
+
+def markdown(table, name, floatfmt=".3f") -> str:
+    """The table in Markdown; `name`: the title of its index."""
+    table = table.astype(object).where(table.notna(), None).rename_axis(name)
+    return table.to_markdown(floatfmt=floatfmt, missingval="n/a")
 
 
 def lifts(summary) -> pd.DataFrame:
@@ -81,10 +88,10 @@ def write_report(run):
     parts = [
         f"# {run.name}",
         f"{summary['cl_algorithm']} on {' -> '.join(summary['task_order'])}: {summary['note']}",
-        matrix(summary).rename_axis("mean reward").to_markdown(floatfmt=".3f"),
-        at_end.rename_axis("at the end").to_markdown(floatfmt=".3f"),
-        metrics.rename_axis("metric").to_markdown(floatfmt=".3f"),
-        lifts(summary).rename_axis("domain").to_markdown(floatfmt=("", ".3f", ".3f", "+.3f")),
+        markdown(matrix(summary), "mean reward"),
+        markdown(at_end, "at the end"),
+        markdown(metrics, "metric"),
+        markdown(lifts(summary), "domain", ("", ".3f", ".3f", "+.3f")),
         "![learning curves](learning_curves.png)",
         "![transfer matrix](transfer_matrix.png)",
         "What was forgotten, and when:",
@@ -107,7 +114,7 @@ def transfer_matrix(summary):
     axes.set_yticks(range(len(frame)), frame.index)
     for (i, j), value in np.ndenumerate(frame):
         style = {"color": "white" if value > 0.55 else "black", "fontweight": "bold" if i - 1 == j else "normal"}
-        axes.text(j, i, f"{value:.2f}", ha="center", va="center", **style)
+        axes.text(j, i, "n/a" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", **style)
     axes.set_title(f"mean reward, {summary['split']} split", fontsize=9)
     return figure
 

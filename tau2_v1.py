@@ -14,9 +14,6 @@ JUDGE = None  # litellm name of the model that judges assertions in words; see `
 NOT_JUDGED = "assertions in words are not judged: DB x COMMUNICATE"
 
 
-# ------------------------------------------------------------------------------------------ banking_knowledge
-
-
 def use_retrieval(variant):
     """Sets RETRIEVAL. ValueError for an unknown variant, and for one with a shell, which all conversations would
     share."""
@@ -82,9 +79,6 @@ def check_pattern(pattern):
 def without_timing(text) -> str:
     """The answer of KB_search without the time that the search took, which differs from run to run."""
     return re.sub(r"\n\n\[Timing: [^\]]*\]$", "", text)
-
-
-# --------------------------------------------------------------------------------------- assertions in words
 
 
 def use_judge(llm, **llm_args):

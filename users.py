@@ -24,7 +24,6 @@ from tau2.user.user_simulator import OUT_OF_SCOPE, STOP, TRANSFER, UserSimulator
 
 MAX_CALLS = 10  # tool calls of a scripted user in one turn
 
-# ---------------------------------------------------------------------------------------------------- scripted
 
 _FIRST_PERSON = [
     (r"\byou are\b", "I am"),
@@ -71,15 +70,11 @@ class ScriptedUser:
     results. It is easier than tau2's simulated user, so every score names the user.
     """
 
-    solo = True  # a domain whose tasks all have a ticket is played in tau2's solo mode, without this user
-    slow = False  # does not wait for a server
+    solo = True  # leaves domains whose tasks all have a ticket (telecom) to tau2's solo mode
 
     def __init__(self, task: Task, env: Environment):
-        instructions = task.user_scenario.instructions
-        if isinstance(instructions, str):
-            parts = [instructions]
-        else:
-            parts = [instructions.reason_for_call, instructions.known_info, instructions.task_instructions]
+        told = task.user_scenario.instructions
+        parts = [told] if isinstance(told, str) else [told.reason_for_call, told.known_info, told.task_instructions]
         statement = " ".join(first_person(part) for part in parts if part and part.strip(" ."))
         self.statement = re.sub("|".join((STOP, TRANSFER, OUT_OF_SCOPE)), "", statement)  # these would end it
         self.agreed = 0
@@ -127,9 +122,6 @@ class ScriptedToolUser(ScriptedUser):
     solo = False
 
 
-# --------------------------------------------------------------------------------------------------- simulated
-
-
 class SimulatedUser:
     """tau2's own UserSimulator: a language model behind any API that litellm speaks, with tau2's guidelines, the task's
     scenario and the user's tools. After a failure (time-out, refusal, malformed answer) it is asked again, 1, 2 and 4
@@ -167,9 +159,8 @@ class SimulatedUser:
             message.tool_calls = [call.model_copy(update={"requestor": "user"}) for call in calls] or None
             message.raw_data, self.state = None, state
             return message
-        reason = " ".join(str(failure).split())[:300]
-        what = f"the user {self.simulator.llm} failed {self.TRIES} times: {type(failure).__name__}: {reason}"
-        raise UserFailed(what) from failure
+        reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+        raise UserFailed(f"the user {self.simulator.llm} failed {self.TRIES} times: {reason}") from failure
 
 
 class LocalUser(SimulatedUser):
@@ -261,11 +252,23 @@ class PolicyServer:
                 request.answer.set_exception(error)
 
 
-# ---------------------------------------------------------------------------------------------------- registry
+class NoUser:
+    """tau2's solo mode: the agent has a ticket in place of a user, and the tools of both sides."""
 
-# name -> class(task, env) with `slow` and speak(incoming, episode); with `solo` if it leaves domains with tickets to
-# solo mode. Add yours here. `prepare` adds simulated users.
-USERS = {"scripted": ScriptedUser, "scripted-tools": ScriptedToolUser}
+    solo = "always"
+
+
+# name -> class(task, env), or a functools.partial of one, with speak(incoming, episode), `slow` if it waits for a
+# server, and `solo` (see ScriptedUser). Add yours here. `prepare` adds simulated users.
+USERS = {"scripted": ScriptedUser, "scripted-tools": ScriptedToolUser, "solo": NoUser}
+
+
+def kind(user):
+    """The class of a user. Raises ValueError for a name that is not in USERS."""
+    if user not in USERS:
+        simulated = "a litellm name such as openai/NAME, or policy:PATH"
+        raise ValueError(f"unknown user {user!r}; choose one of {', '.join(USERS)}, {simulated}")
+    return getattr(USERS[user], "func", USERS[user])
 
 
 def is_simulated(user) -> bool:
@@ -275,7 +278,10 @@ def is_simulated(user) -> bool:
 
 def scripted_like(user) -> str:
     """The scripted user of demonstrations for a policy that will talk to `user`."""
-    return "scripted-tools" if is_simulated(user) else user
+    found = None if is_simulated(user) else kind(user)
+    if isinstance(found, type) and issubclass(found, ScriptedUser | NoUser):
+        return user
+    return "scripted" if getattr(found, "solo", False) else "scripted-tools"
 
 
 def check(user):
@@ -283,11 +289,8 @@ def check(user):
     path = user.removeprefix("policy:")
     if path != user and not Path(path).is_dir():
         raise ValueError(f"user {user}: there is no directory {path}")
-    if not is_simulated(user) and user not in (*USERS, "solo"):
-        known = ", ".join([*USERS, "solo"])
-        raise ValueError(
-            f"unknown user {user!r}; choose one of {known}, a litellm name such as openai/NAME, or policy:PATH"
-        )
+    if not is_simulated(user):
+        kind(user)
 
 
 def prepare(user, api_base=None, temperature=0.0, model_dtype="bfloat16", device="cpu", **llm_args):

@@ -39,28 +39,26 @@ def test_changes_are_equal_exactly_if_tau2s_hashes_are(domain):
     assert different > 0 and environment.changes(domain, environment.make_env(domain)) == {}
 
 
+EDITS = [
+    lambda table, key: key in table and table[key]["value"].append("edited"),
+    lambda table, key: table.__setitem__(key, {"value": ["new"]}),
+    lambda table, key: key in table and table.__delitem__(key),
+    lambda table, key: table.pop(key, None),
+    lambda table, key: table.setdefault(key, {"value": []})["value"].append(1),
+    lambda table, key: table.get(key, {"value": []})["value"].append(2),
+    lambda table, key: table.update({key: {"value": [3]}}),
+]
+
+
 def test_copy_on_write_is_a_dict_to_its_user():
     rng = random.Random(0)
     for _ in range(200):
         pristine = {i: {"value": [i]} for i in range(5)}
         shared, plain = environment.CopyOnWrite(pristine), {i: {"value": [i]} for i in range(5)}
         for _ in range(12):
-            key, action = rng.randrange(8), rng.choice(["edit", "set", "del", "pop", "setdefault", "get", "update"])
+            key, edit = rng.randrange(8), rng.choice(EDITS)
             for table in (shared, plain):
-                if action == "edit" and key in table:
-                    table[key]["value"].append("edited")
-                elif action == "set":
-                    table[key] = {"value": ["new"]}
-                elif action == "del" and key in table:
-                    del table[key]
-                elif action == "pop":
-                    table.pop(key, None)
-                elif action == "setdefault":
-                    table.setdefault(key, {"value": []})["value"].append(1)
-                elif action == "get" and table.get(key):
-                    table.get(key)["value"].append(2)
-                elif action == "update":
-                    table.update({key: {"value": [3]}})
+                edit(table, key)
         assert dict(shared) == plain and list(shared) == list(plain)
         assert pristine == {i: {"value": [i]} for i in range(5)}
         changed = {k for k in {*plain, *pristine} if plain.get(k) != pristine.get(k)}
@@ -81,9 +79,6 @@ def test_an_environment_without_solo_mode_or_of_no_domain_is_named():
         environment.make_env("airline", solo=True)
     with pytest.raises(ValueError, match="unknown domain 'nowhere'; choose one of airline, "):
         environment.make_env("nowhere")
-
-
-# ---------------------------------------------------------------------------------------------- safe tool calls
 
 
 UNSAFE = {
@@ -115,7 +110,6 @@ def test_arguments_are_taken_as_json_text_or_dict():
         ({"name": ""}, "has no name"),
         ({"name": "x" * 101}, "longer than 100"),
         ({"name": "\ud800"}, "Unicode"),
-        ({"name": "calculate", "arguments": {"expression": "9**9**8"}}, r"does not support \*\*"),
         ({"name": "calculate", "arguments": {"expression": "9 * * 9"}}, r"does not support \*\*"),
     ],
 )

@@ -35,13 +35,6 @@ def test_the_scripted_user_states_agrees_and_stops():
     assert episode.messages[-1].content == episodes.STOP
 
 
-def test_questions_without_end_are_not_agreed_to_for_ever():
-    episode = Episode("retail", first("retail"), max_turns=100)
-    while not episode.done:
-        episode.act({"content": "Are you sure?"})
-    assert episode.turns == 5
-
-
 def test_the_policy_cannot_end_a_conversation_with_a_user():
     episode = Episode("airline", first("airline"))
     assert episode.act({"content": episodes.STOP})
@@ -79,20 +72,19 @@ def test_thinking_reaches_neither_user_nor_evaluator():
     assert episodes.strip_thinking("<think>never closed") == ""
 
 
-def test_max_turns_end_it_unrewarded():
-    episode = Episode("retail", first("retail"), max_turns=2)
-    assert episode.act(LOOK)
-    assert episode.act(LOOK) == []
-    assert episode.termination == "max_steps"
-    assert oracle.score(episode, verify=True).reward == 0.0
-
-
-def test_ten_errors_end_it_unrewarded():
-    episode = Episode("retail", first("retail"))
-    for _ in range(10):
-        assert not episode.done
-        episode.act(call("no_such_tool", {}))
-    assert episode.termination == "too_many_errors"
+@pytest.mark.parametrize(
+    "turn, turns, termination",
+    [
+        (LOOK, 12, "max_steps"),
+        (call("no_such_tool", {}), 10, "too_many_errors"),
+        ({"content": "Are you sure?"}, 5, "user_stop"),  # the user does not agree for ever
+    ],
+)
+def test_conversations_end_by_themselves_unrewarded(turn, turns, termination):
+    episode = Episode("retail", first("retail"), max_turns=12)
+    for number in range(1, turns + 1):
+        assert bool(episode.act(turn)) == (number < turns)
+    assert episode.termination == termination
     assert oracle.score(episode, verify=True).reward == 0.0
     with pytest.raises(ValueError, match="is over"):
         episode.act(LOOK)

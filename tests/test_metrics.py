@@ -9,7 +9,7 @@ from scipy import stats
 
 import metrics
 import oracle
-from metrics import bootstrap, cl_metrics, pass_hat_k
+from metrics import bootstrap, cl_metrics, pass_hat_k, transfer_so_far
 
 # isort: split
 from tau2.metrics.agent_metrics import pass_hat_k as tau2_pass_hat_k
@@ -42,6 +42,15 @@ def test_forgetting_leaves_the_last_row_out_of_the_maximum():
     alone = cl_metrics([[0.7]], baseline=[0.1])  # one task has nothing to forget
     assert alone["average"] == pytest.approx(0.7)
     assert alone["forgetting"] == alone["backward_transfer"] == alone["forward_transfer"] == 0.0
+
+
+def test_transfer_so_far_counts_the_domains_trained():
+    R = [[0.8, 0.2, 0.1], [0.9, 0.7, 0.1], [0.5, 0.3, 0.6]]
+    assert transfer_so_far(R[:1]) == {"average": 0.8, "current": 0.8, "backward_transfer": 0.0, "forgetting": 0.0}
+    two = {"average": 0.8, "current": 0.7, "backward_transfer": 0.1, "forgetting": -0.1}
+    assert transfer_so_far(R[:2]) == pytest.approx(two)
+    whole = cl_metrics(R)
+    assert transfer_so_far(R) == {"current": 0.6, **{name: whole[name] for name in two if name != "current"}}
 
 
 @pytest.mark.parametrize("wrong", [([[0.1, 0.2]],), ([],), ([0.1],), ([[0.1]], [0.1, 0.2]), ([[0.1]], None, [])])
@@ -80,12 +89,27 @@ def test_metrics_of_records_by_hand():
     assert found["tool_accuracy"] == 0.5
     assert found["turns"] == 5 and found["truncated"] == pytest.approx(1 / 6) and found["invalid"] == 1
     assert found["reward_parts"] == {"COMMUNICATE": 1.0, "DB": pytest.approx((2 + 0 + 0.5) / 5)}
-    assert found["tasks"] == 3 and found["do_nothing_rate"] == oracle.do_nothing_reward("airline", tasks)
+    assert found["tasks"] == 3
+    assert (found["do_nothing_rate"], found["do_nothing_parts"]) == oracle.do_nothing("airline", tasks)
     assert (found["reward_low"], found["reward_high"]) == bootstrap([2 / 3, 1 / 2])
 
 
-@pytest.mark.parametrize("domain", oracle.DOMAINS)
-def test_parts_of_doing_nothing_multiply_to_its_reward(domain):
-    for task in oracle.load_tasks(domain, "test")[:5]:
-        parts = oracle.do_nothing_parts(domain, [task])
-        assert math.prod(parts.values()) == oracle.do_nothing_reward(domain, [task])
+def test_the_threshold_says_what_passes():
+    tasks = oracle.load_tasks("airline", "test")[:1]
+    records = [record(tasks[0], r) for r in (1.0, 0.5, 0.4, 1 - 1e-7)]
+    usual = metrics.measure(records, "airline", tasks, 2)
+    lower = metrics.measure(records, "airline", tasks, 2, pass_threshold=0.5)
+    assert (usual["pass_rate"], usual["pass_hat_2"]) == pytest.approx((2 / 4, 1 / 6))
+    assert (lower["pass_rate"], lower["pass_hat_2"]) == pytest.approx((3 / 4, 3 / 6))
+
+
+@pytest.mark.parametrize("order", [("mock", "airline"), ("airline", "mock")])
+def test_a_floor_that_cannot_be_computed_is_shown_as_such(order):
+    tasks = {domain: oracle.load_tasks(domain, "base", 2) for domain in order}
+    records = [{**record(task, 1.0), "domain": domain} for domain in order for task in tasks[domain]]
+    found = {domain: metrics.measure(records, domain, tasks[domain], 1) for domain in order}
+    assert found["mock"]["do_nothing_rate"] is None and found["mock"]["do_nothing_parts"] == {}
+    found["overall"] = metrics.overall(found, records, tasks)
+    assert found["overall"]["do_nothing_rate"] is None and found["overall"]["reward_mean"] == 1.0
+    rows = {line.split("|")[1].strip(): line for line in metrics.text_metrics(found).splitlines()}
+    assert rows["reward (doing nothing)"].count("1.000 (n/a)") == 2 and rows["part DB"].count("1.000 (n/a)") == 1

@@ -26,7 +26,7 @@ def summary(algorithm, seed, forgetting, minutes=2.0, **settings):
     R, order = [[0.8, 0.0], [0.8 - forgetting, 0.6]], ["airline", "retail"]
     about = {"cl_algorithm": algorithm, "seed": seed}
     usual = {"task_order": order, "stages": order, "split": "test", "minutes": minutes, "bytes_kept": 1500}
-    scores = {"baseline": [0.0, 0.1], "do_nothing_rate": [0.0, 0.2], "warm_start": [0.5, 0.4]}
+    scores = {"baseline": [0.0, 0.1], "do_nothing_rate": [0.0, None], "warm_start": [0.5, 0.4]}
     scores = {name: dict(zip(order, values, strict=True)) for name, values in scores.items()}
     config = {**about, "run_name": f"{algorithm}{seed}", "ratio": 0.2, **settings}
     return {**about, **usual, **scores, "R": R, "metrics": cl_metrics(R), "config": config}
@@ -113,19 +113,23 @@ def test_the_report_says_what_was_forgotten_and_when():
     ]
 
 
-def test_a_report_has_every_table_and_picture(tmp_path):
-    values = dict.fromkeys(report.AT_END, 0.25)
+@pytest.mark.parametrize("floor, shown", [(0.2, "0.200"), (None, "n/a")])
+def test_a_report_has_every_table_and_picture(tmp_path, floor, shown):
+    values = {**dict.fromkeys(report.AT_END, 0.25), "do_nothing_rate": floor}
     about = {"note": "a note", "evaluation": {"airline": values, "retail": values}, "statistics": {}, "versions": {}}
     found = {**summary("replay", 0, 0.5), **about, "warm_start": {"retail": 0.4}}
+    found["do_nothing_rate"] = {"airline": 0.0, "retail": floor}
     (tmp_path / "summary.json").write_text(json.dumps(found))
     write_curves(tmp_path, [0.0, 1.0, 0.5, 0.25])
     report.write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
     rows = cells(text)
     assert " ".join(row[0] for row in rows[1:5]) == "before training after airline after retail doing nothing"
+    assert rows[4] == ["doing nothing", "0.000", shown] and rows[7][0] == "retail" and rows[7][5] == shown
     assert ["forgetting", "0.500"] in rows and "intransigence" not in text
     assert rows[-1] == ["retail", "0.400", "0.600", "+0.200"] and rows[-2][0] == "domain"
-    assert report.text_matrix(found).splitlines()[3].split() == ["after", "retail", "0.30", "0.60"]
+    *_, last, nothing = report.text_matrix(found).splitlines()
+    assert last.split() == ["after", "retail", "0.30", "0.60"] and nothing.split()[-1] == shown[:4]
     assert "To repeat it" not in text  # it was not started from the command line
     assert {path.name for path in tmp_path.glob("*.png")} == {"learning_curves.png", "transfer_matrix.png"}
 

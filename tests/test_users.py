@@ -2,6 +2,7 @@
 as users. And agents behind an API, which need the same servers."""
 
 import concurrent.futures
+import functools
 import json
 import os
 import socket
@@ -28,8 +29,8 @@ from users import USERS, ScriptedUser
 SHORT = {"domains": ["airline", "telecom"], "max_tasks": 1, "max_turns": 2, "max_new_tokens": 8, "num_trials": 2}
 
 
-def telecom():
-    return oracle.load_tasks("telecom", "base")
+def first(domain):
+    return oracle.load_tasks(domain, "base")[0]
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +41,6 @@ def hurry(monkeypatch):
     yield
     USERS.clear()
     USERS.update(registered)
-
-
-# ---------------------------------------------------------------------------------------------------- scripted
 
 
 @pytest.mark.parametrize(
@@ -58,7 +56,7 @@ def test_instructions_become_the_users_own_words(told, said):
 
 
 def test_gold_conversations_with_a_user_who_has_tools_score_one_and_tau2_agrees():
-    for k, task in enumerate(telecom()):
+    for k, task in enumerate(oracle.load_tasks("telecom", "base")):
         episode = oracle.demonstrate("telecom", task, "scripted-tools")
         assert not episode.solo and episode.termination == "user_stop"
         assert oracle.score(episode, verify=k % 6 == 0).reward == 1.0
@@ -66,7 +64,7 @@ def test_gold_conversations_with_a_user_who_has_tools_score_one_and_tau2_agrees(
 
 
 def test_a_user_with_tools_calls_what_the_agent_names_and_reports_the_results():
-    episode = oracle.Episode("telecom", telecom()[0], "scripted-tools")
+    episode = oracle.Episode("telecom", first("telecom"), "scripted-tools")
     assert "toggle_airplane_mode" not in {tool["function"]["name"] for tool in episode.tools}  # it is the user's
     opening = episode.opening()
     assert [m["role"] for m in opening] == ["assistant", "user"]
@@ -83,7 +81,7 @@ def test_a_user_with_tools_calls_what_the_agent_names_and_reports_the_results():
 
 
 def test_a_tool_that_fails_on_the_user_counts_as_an_error_and_the_talk_goes_on():
-    episode = oracle.Episode("telecom", telecom()[0], "scripted-tools")
+    episode = oracle.Episode("telecom", first("telecom"), "scripted-tools")
     answers = episode.act({"content": 'set_network_mode_preference({"no_such": "7g"})'})
     assert episode.errors == 1 and "Error" in answers[0]["content"] and not episode.done
     answers = episode.act({"content": "set_network_mode_preference({oops"})  # no JSON: nothing is called
@@ -106,18 +104,36 @@ class TerseUser(ScriptedUser):
         return "Yes." if super().reply(text, acted) != users.STOP else users.STOP
 
 
-@pytest.mark.parametrize("domain", oracle.DOMAINS)
-def test_a_scripted_user_of_ones_own_is_one_entry_of_the_registry(domain):
-    """Gold conversations score 1.0 with it, and it leaves telecom to solo mode like the scripted user."""
-    USERS["terse"] = TerseUser
-    users.check("terse")
-    for task in oracle.load_tasks(domain, "base")[::10]:
-        episode = oracle.demonstrate(domain, task, "terse")
-        assert episode.solo == (domain == "telecom") and oracle.score(episode).reward == 1.0
-    assert users.scripted_like("terse") == "terse" and users.scripted_like("openai/m") == "scripted-tools"
+class MuteUser:
+    """A user of another kind, who cannot stand in for a scripted one in gold conversations."""
+
+    def __init__(self, task, env):
+        pass
+
+    def speak(self, incoming, episode):
+        return UserMessage(role="user", content=users.STOP)
 
 
-# ------------------------------------------------------------------------------ behind a server that answers as told
+@pytest.mark.parametrize("registered", [lambda kind: kind, functools.partial])
+@pytest.mark.parametrize("base", [TerseUser, MuteUser])
+@pytest.mark.parametrize("solo", [True, False])
+def test_whether_a_user_of_ones_own_plays_solo_is_a_property_of_its_class(solo, base, registered):
+    """It is one entry of the registry. Gold conversations for a policy that talks to it score 1.0."""
+    USERS["own"] = registered(type("OwnUser", (base,), {"solo": solo}))
+    users.check("own")
+    like = users.scripted_like("own")
+    assert (like == "own") == (base is TerseUser)
+    for domain in oracle.DOMAINS:
+        alone = solo and domain == "telecom"
+        assert oracle.is_solo(domain, "own") == oracle.Episode(domain, first(domain), "own").solo == alone
+        for task in oracle.load_tasks(domain, "base")[::20]:
+            episode = oracle.demonstrate(domain, task, like)
+            assert episode.solo == alone and oracle.score(episode).reward == 1.0
+
+
+def test_gold_conversations_for_a_simulated_user_are_with_a_scripted_one():
+    USERS["persona"] = functools.partial(users.SimulatedUser, llm="openai/m")
+    assert users.scripted_like("persona") == users.scripted_like("openai/m") == "scripted-tools"
 
 
 @pytest.fixture
@@ -128,7 +144,7 @@ def told():
 
 def episode_with(address, domain="telecom", **llm_args):
     users.prepare("openai/m", address, **llm_args)
-    return oracle.Episode(domain, oracle.load_tasks(domain, "base")[0], "openai/m")
+    return oracle.Episode(domain, first(domain), "openai/m")
 
 
 def test_a_simulated_user_uses_its_tools_and_the_agent_hears_only_what_it_says(told):
@@ -196,14 +212,10 @@ def test_a_user_who_never_stops_calling_tools_is_stopped(told):
 def test_an_agent_behind_an_api_calls_tools_and_gets_their_results_by_id(told):
     address, answers, asked = told
     user = {"user_id": "mia_li_3668"}
-    calls = [
-        call("get_user_details", json.dumps(user)),
-        call("no_such_tool", "{}"),
-        call("get_user_details", "{broken"),
-    ]
+    made = {json.dumps(user): "get_user_details", "{}": "no_such_tool", "{broken": "get_user_details"}
+    calls = [call(name, arguments) for arguments, name in made.items()]
     answers += [{"content": None, "tool_calls": calls}, {"content": "Done."}]
-    episode = oracle.Episode("airline", oracle.load_tasks("airline", "base")[0], "scripted")
-    ended = []
+    episode, ended = oracle.Episode("airline", first("airline")), []
     settings = {"temperature": 0.2, "seed": 3, **users.served_at(address)}
     evaluation.play_api([episode], "openai/m", on_finish=lambda *end: ended.append(end), **settings)
     ((same, trajectory),) = ended
@@ -237,15 +249,13 @@ def training(tmp_path, user, *flags):
     return summary, [json.loads(line) for line in (tmp_path / "r" / "trajectories.jsonl").read_text().splitlines()]
 
 
-def test_a_policy_is_trained_with_tau2s_simulated_user(told, tmp_path):
+def test_a_policy_is_trained_with_tau2s_simulated_user(told, tmp_path, monkeypatch):
     address, answers, asked = told
     answers += [{"content": "My phone does not work. ###STOP###"}]
-    summary, records = training(tmp_path, "openai/m", "--user_api_base", address)
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    summary, records = training(tmp_path, "openai/m")
     assert summary["user"] == "openai/m" and "solo" not in summary["note"] and len(asked) > 3
     assert all(r["reward"] == 0.0 and r["messages"][1]["content"].startswith("My phone") for r in records)
-
-
-# ------------------------------------------------------------------------------------------ behind a real server
 
 
 @pytest.fixture(scope="module")
@@ -312,9 +322,6 @@ def test_tau2s_simulated_user_behind_an_api_talks_to_a_policy(saved, served, tmp
     assert {name: settings[name] for name in flags} == flags
 
 
-# ---------------------------------------------------------------------------------------------- a local policy
-
-
 @pytest.fixture
 def local(monkeypatch, saved):
     """(name of the user, list of batches that it was asked, list of what it says in turn): the embedded policy, with
@@ -336,7 +343,7 @@ def test_a_local_policy_is_tau2s_user_with_its_tools(local):
     user, batches, words = local
     calls = '<tool_call>{"name": "check_status_bar", "arguments": {}}</tool_call>'
     words += ["My phone does not work.", "<tool_call>{broken</tool_call>", calls, "Still nothing. ###STOP###"]
-    episode = oracle.Episode("telecom", telecom()[0], user)
+    episode = oracle.Episode("telecom", first("telecom"), user)
     assert episode.slow and episode.opening()[-1]["content"] == "My phone does not work."
     assert episode.act({"content": "Look at your screen."}) == [] and episode.termination == "user_stop"
     assert [m.role for m in episode.messages] == ["assistant", "user", "assistant", "user", "tool", "user"]
@@ -364,7 +371,7 @@ def test_a_policy_that_fails_as_a_user_makes_the_episode_invalid(local, monkeypa
     user, *_ = local
     monkeypatch.setattr(rollout, "rollout", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(users.UserFailed, match=r"policy failed 4 times: .*division by zero"):
-        oracle.Episode("airline", oracle.load_tasks("airline", "base")[0], user).opening()
+        oracle.Episode("airline", first("airline"), user).opening()
 
 
 def test_a_request_that_is_too_long_fails_alone(local):
@@ -395,10 +402,7 @@ def test_a_run_is_trained_with_a_local_policy_as_its_user(saved, tmp_path, monke
 
 @pytest.mark.parametrize(
     "user, message",
-    [
-        ("policy:/no/such", "there is no directory /no/such"),
-        ("nobody", "unknown user 'nobody'; choose one of scripted"),
-    ],
+    [("policy:/no/such", "no directory /no/such"), ("nobody", "unknown user 'nobody'; choose one of scripted")],
 )
 def test_users_that_are_not_there_are_named_before_anything_is_written(user, message, tmp_path):
     args = evaluation.Args(model_name_or_path="tiny", user=user, output=str(tmp_path / "out"), **SHORT)
