@@ -5,6 +5,7 @@ A subclass of CLAlgorithm in a file of your own runs with `python train.py --cl_
 
 import importlib.util
 import inspect
+import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from distributed import checked
 from grpo import TaskRef, Trajectory
 
 LIBRARY = ("algorithm", "replay", "regularize", "generative")  # the modules of our own algorithms
+HOOKS = re.compile(r"augment_\w+|\w+_hook|_sample_\w+")
 
 
 @dataclass
@@ -24,19 +26,23 @@ class CLAlgorithm:
     """What a continual-learning method adds to GRPO. Every rank holds the same state and makes the same draws for the
     whole batch of all ranks; the ranks then share the batch out.
 
+    replay_ratio: the share of replay in a mixed batch, for the log.
     all_domains: draw batches from every domain from the start, in as many stages as there are domains.
     uses_trajectories: the hooks read trainer.trajectories.
     keeps_no_data: checkpoints from before a domain's end are removed when it has ended.
 
-    The loop sets `trainer`. Hooks may read trainer.args (also .config), .model, .tokenizer, .domain, .step, .phase
-    ("warmup" or "grpo"), .tasks, .trajectory_buffer, .scores ({domain: mean reward} of the last evaluation), .run (the
-    directory), and of this step: .refs_P and .rewards_P_G (tasks and rewards of all ranks; NaN: invalid),
-    .trajectories (of all ranks, messages as JSON), .replayed and .replayed_losses (stored conversations and their
-    losses), .batches (this rank's micro-batches, see grpo.collate).
+    The loop sets `trainer` (also `_trainer`). Hooks may read trainer.args (also .config), .model, .tokenizer, .domain,
+    .step, .phase ("warmup" or "grpo"), .tasks, .trajectory_buffer, .scores ({domain: mean reward} of the last
+    evaluation), .run (the directory), and of this step: .refs_P and .rewards_P_G (tasks and rewards of all ranks; NaN:
+    invalid), .trajectories (of all ranks, messages as JSON), .replayed and .replayed_losses (stored conversations and
+    their losses), .batches (this rank's micro-batches, see grpo.collate). They may call
+    trainer.log_custom_metric(name, value).
     """
 
     Flags = NoFlags  # a dataclass: the flags of train.py that the constructor takes beside its own parameters
     trainer = None
+    _trainer = property(lambda self: self.trainer)
+    replay_ratio = 0.0
     all_domains = False
     uses_trajectories = False
     keeps_no_data = False
@@ -62,7 +68,8 @@ class CLAlgorithm:
         return cls(**{name: value for name, value in given.items() if value is not None or name in required})
 
     def make_buffer(self):
-        """The replay.TrajectoryBuffer that the loop offers finished conversations to. None: none is stored."""
+        """The replay.TrajectoryBuffer that the loop offers finished conversations to. None: none is stored, or for a
+        class of the user's own that keeps data, one with the flags of the run."""
         return None
 
     def keeps(self, trajectory: Trajectory) -> bool:
@@ -93,7 +100,18 @@ class CLAlgorithm:
         """After a domain is finished and all domains are evaluated."""
 
     def get_statistics(self) -> dict:
-        return {}
+        """For the block after each domain and for the summary: what was replayed, and the buffer. Conversations of GRPO
+        are counted apart from demonstrations of the warm start."""
+        replayed, buffer = self.trainer.state["replayed"], self.trainer.trajectory_buffer
+        if not any(replayed.values()) and buffer is None:
+            return {}
+        return {
+            "total_replay_samples": sum(replayed["grpo"].values()),
+            "replay_samples_per_domain": dict(replayed["grpo"]),
+            "total_replay_demonstrations": sum(replayed["warmup"].values()),
+            "replay_ratio": round(self.replay_ratio, 4),
+            **(buffer.get_statistics() if buffer is not None else {}),
+        }
 
     def bytes_kept(self) -> int:
         """The size of what is remembered beside the trajectory buffer."""
@@ -149,10 +167,26 @@ def load_algorithm(name, algorithms, args) -> CLAlgorithm:
     return algorithm.from_args(args)
 
 
+def library_class(algorithm) -> type:
+    """The class of ours that an algorithm is, or derives from."""
+    return next(kind for kind in type(algorithm).__mro__ if kind.__module__ in LIBRARY)
+
+
+def check_hooks(algorithm):
+    """Raises ValueError if a class of the user's own has a method that looks like a hook and that nothing calls."""
+    library = library_class(algorithm)
+    hooks = [name for name in dir(library) if HOOKS.fullmatch(name)]
+    for kind in type(algorithm).__mro__[: type(algorithm).__mro__.index(library)]:
+        for name in vars(kind):
+            if HOOKS.fullmatch(name) and name not in hooks:
+                known = f"the hooks of {library.__name__} are {', '.join(hooks)}"
+                raise ValueError(f"{kind.__name__}.{name} looks like a hook, but nothing calls it; {known}")
+
+
 def own_attributes(algorithm, args) -> dict[str, str]:
     """The attributes that a class of the user's own has beside those of our class, as text; none if it writes a
     state_dict of its own. If one changes during a run, a resumed run would lose it."""
-    library = next(kind for kind in type(algorithm).__mro__ if kind.__module__ in LIBRARY)
+    library = library_class(algorithm)
     if type(algorithm).state_dict is not library.state_dict:
         return {}
     known = {"trainer", *vars(library.from_args(args))} if type(algorithm) is not library else vars(algorithm)

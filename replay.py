@@ -2,7 +2,7 @@
 
 Data flow: finished trajectory -> add -> Buffer -> sample -> the next batch.
 
-To change which items a buffer keeps, change a `*_slot` function or `add`; which are drawn, `sample`; how many,
+To change which items a buffer keeps, change a `*_slot` function or MAKE_ROOM; which are drawn, `sample`; how many,
 `replay_count` and `adapt_ratio`.
 """
 
@@ -15,13 +15,23 @@ from typing import Annotated, Literal, get_args
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
+from scipy.stats import rankdata
 
 from algorithm import CLAlgorithm, JointCL, SequentialCL  # noqa: F401 (replay's public names)
 from distributed import write_text
 from grpo import Share, TaskRef, Trajectory
 
 Strategy = Literal["random", "high_reward", "recent", "balanced"]
-BufferPolicy = Literal["reservoir", "brs", "lars", "labrs", "random", "recent"]
+MAKE_ROOM = {  # the slot that an admitted item overwrites in a full buffer; reservoir: any
+    "brs": lambda buffer, rng: brs_slot(buffer.labels, rng),
+    "lars": lambda buffer, rng: lars_slot(buffer.losses, rng),
+    "lars_inverse": lambda buffer, rng: lars_slot(buffer.losses, rng, "inverse"),
+    "lars_rank": lambda buffer, rng: lars_slot(buffer.losses, rng, "rank"),
+    "labrs": lambda buffer, rng: labrs_slot(buffer.losses, buffer.labels, rng),
+    "labrs_released": lambda buffer, rng: labrs_slot(buffer.losses, buffer.labels, rng, "released"),
+    "labrs_product": lambda buffer, rng: labrs_slot(buffer.losses, buffer.labels, rng, "product"),
+}
+BufferPolicy = Literal["reservoir", *MAKE_ROOM, "random", "recent"]
 STRATEGIES = get_args(Strategy)
 POLICIES = get_args(BufferPolicy)
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -43,15 +53,16 @@ class Flags:
     """stored conversations per domain"""
     buffer_policy: BufferPolicy = "reservoir"
     """which conversation a full buffer gives up: any; one of the most frequent task (brs); one with a low loss (lars);
-    both (labrs); any, at every offer (random); the oldest (recent)"""
+    both (labrs); any, at every offer (random); the oldest (recent). The endings are scalings, see lars_slot and
+    labrs_slot"""
     replay_kind: Literal["tasks", "trajectories"] = "tasks"
     """tasks: roll the drawn conversation's task out again; trajectories: train on the conversation itself"""
     clone_coef: NonNegativeFloat = 0.05
     """weight of behaviour cloning on stored conversations (with replay_kind trajectories)"""
     forgetting_threshold: Share = 0.1
-    """adaptive_replay: raise the ratio if a previous domain's score fell by more"""
+    """adaptive_replay: raise the ratio if a previous domain's score fell by more, and by more than chance explains"""
     adaptation_rate: Share = 0.1
-    """adaptive_replay: raise it by this much"""
+    """adaptive_replay: raise or lower it by this much"""
     min_replay_ratio: Ratio = 0.1
     """adaptive_replay: lowest ratio"""
     max_replay_ratio: Ratio = 0.5
@@ -103,36 +114,48 @@ def brs_slot(labels, rng) -> int:
     return _one_of([slot for slot, label in enumerate(labels) if label == fullest], rng)
 
 
-def lars_slot(losses, rng) -> int:
-    """The slot to overwrite by loss-aware reservoir sampling (Buzzega et al. 2020, arXiv:2010.05595), with the min-max
-    weights p ~ (max - loss) + (max - min) / n: items with a low loss, which are learnt already, go first.
+def lars_slot(losses, rng, scaling="minmax") -> int:
+    """The slot to overwrite by loss-aware reservoir sampling (Buzzega et al. 2020, arXiv:2010.05595): items with a low
+    loss, which are learnt already, go first.
 
-    The second term keeps every slot possible: the greatest loss may be noise. Equal losses are uniform. Raises
-    ValueError for a loss that is not finite.
+    "minmax": p ~ (max - loss) + (max - min) / n. The second term keeps every slot possible: the greatest loss may be
+    noise. One outlier far above all others hides their differences: all of them are then as likely to go.
+    "inverse": p ~ 1 / (loss + 1e-8), where negative losses are first raised until the lowest is 0. The lowest losses
+    take nearly all of the probability. "rank": p ~ the loss's rank, n for the lowest and 1 for the greatest; outliers
+    count no more than others. Equal losses are uniform. Raises ValueError for a loss that is not finite and for an
+    unknown scaling.
     """
-    losses = _finite(losses)
-    spread = losses.max() - losses.min()
-    if spread == 0:
-        return int(rng.integers(len(losses)))
-    return _draw(losses.max() - losses + spread / len(losses), rng)
+    return _draw(_low_loss(_finite(losses), scaling), rng)
+
+
+def _low_loss(losses, scaling):
+    if scaling == "minmax":
+        return losses.max() - losses + (np.ptp(losses) / len(losses) or 1.0)
+    if scaling == "inverse":
+        return 1 / (losses - min(losses.min(), 0.0) + 1e-8)
+    if scaling == "rank":
+        return rankdata(-losses)
+    raise ValueError(f"unknown scaling {scaling!r}; choose minmax, inverse or rank")
 
 
 def labrs_slot(losses, labels, rng, scaling="balanced") -> int:
     """The slot to overwrite by loss-aware balanced reservoir sampling (Buzzega et al. 2020, arXiv:2010.05595): likelier
-    for a low loss and for a frequent label.
+    for a low loss and for a frequent label. B is the number of items of the label.
 
-    "balanced": p ~ I + B + 1/n with I = (max - loss) / (max - min), and B the number of items of the label, scaled
-    to [0, 1] in the same way: both count the same. "released", as in the authors' code: s = I / (2 mean|I| mean|B|)
-    + B / 2 with I = -loss and B the number itself, p ~ s scaled to [0, 1], + 1/n; there B hides I almost entirely. The
-    1/n is ours and keeps every slot possible. Equal terms are uniform. Raises ValueError for a loss that is not finite,
-    for other lengths and for an unknown scaling.
+    "balanced": p ~ I + B' + 1/n with I = (max - loss) / (max - min), and B' the numbers B scaled to [0, 1] in the same
+    way: both count the same. "released", as in the authors' code: s = I / (2 mean|I| mean|B|) + B / 2 with I = -loss,
+    p ~ s scaled to [0, 1], + 1/n; there B hides I almost entirely. The 1/n is ours and keeps every slot possible.
+    "product": p ~ (the minmax weight of `lars_slot`) B. Equal terms are uniform. Raises ValueError for a loss that is
+    not finite, for other lengths and for an unknown scaling.
     """
-    if scaling not in ("balanced", "released"):
-        raise ValueError(f"unknown scaling {scaling!r}; choose balanced or released")
+    if scaling not in ("balanced", "released", "product"):
+        raise ValueError(f"unknown scaling {scaling!r}; choose balanced, released or product")
     if len(losses) != len(labels):
         raise ValueError(f"{len(losses)} losses for {len(labels)} labels; there must be one each")
     losses, counts = _finite(losses), Counter(labels)
     size = np.array([counts[label] for label in labels], dtype=float)
+    if scaling == "product":
+        return _draw(_low_loss(losses, "minmax") * size, rng)
     if scaling == "released":
         score = _to_unit(-0.5 * losses / max(np.abs(losses).mean() * size.mean(), 1e-12) + 0.5 * size)
     else:
@@ -165,10 +188,10 @@ def _one_of(values, rng):
 def add(buffer, item, *, label=None, loss=0.0, reward=0.0, policy="reservoir", rng) -> int | None:
     """Offers an item to the buffer, in place. Returns the slot written, or None if the item was discarded.
 
-    reservoir, brs, lars and labrs share the reservoir's gate: item n + 1 gets in with probability capacity / (n + 1).
-    They differ in the item that makes room. "random" and "recent" admit every item: "random" overwrites any slot (an
-    item survives k later offers with probability (1 - 1 / capacity)^k), "recent" the oldest. Raises ValueError for an
-    unknown policy, and for a loss or reward that is not finite.
+    "random" and "recent" admit every item: "random" overwrites any slot (an item survives k later offers with
+    probability (1 - 1 / capacity)^k), "recent" the oldest. The others share the reservoir's gate: item n + 1 gets in
+    with probability capacity / (n + 1). They differ in the item that makes room. Raises ValueError for an unknown
+    policy, and for a loss or reward that is not finite.
     """
     if policy not in POLICIES:
         raise ValueError(f"unknown buffer policy {policy!r}; choose one of {', '.join(POLICIES)}")
@@ -189,12 +212,8 @@ def add(buffer, item, *, label=None, loss=0.0, reward=0.0, policy="reservoir", r
         for values, value in zip(lists, row, strict=True):
             values.append(value)
         return len(buffer.items) - 1
-    if policy == "brs":
-        slot = brs_slot(buffer.labels, rng)
-    elif policy == "lars":
-        slot = lars_slot(buffer.losses, rng)
-    elif policy == "labrs":
-        slot = labrs_slot(buffer.losses, buffer.labels, rng)
+    if policy in MAKE_ROOM:
+        slot = MAKE_ROOM[policy](buffer, rng)
     for values, value in zip(lists, row, strict=True):
         values[slot] = value
     return slot
@@ -248,11 +267,24 @@ def replay_count(new, ratio, rng) -> int:
     return int(exact) + int(rng.random() < exact - int(exact))
 
 
-def adapt_ratio(ratio, drop, *, threshold, rate, minimum, maximum) -> float:
-    """The ratio after a previous domain's score fell by `drop` from its best: up by `rate` if that is more than
-    `threshold`, else down by a tenth of `rate`; within [minimum, maximum]."""
-    ratio = ratio + rate if drop > threshold else ratio - rate / 10
+def adapt_ratio(ratio, drop, *, threshold, rate, minimum, maximum, error=0.0) -> float:
+    """The ratio after a previous domain's score fell by `drop`, which has the standard error `error`: up by `rate` if
+    the drop is more than `threshold` and not chance (1.645 standard errors: a one-sided test at 5%), down by `rate` if
+    it is less than half of `threshold` and one standard error together, else as it is; within [minimum, maximum]."""
+    if drop > max(threshold, 1.645 * error):
+        ratio += rate
+    elif drop < threshold / 2 + error:
+        ratio -= rate
     return min(max(ratio, minimum), maximum)
+
+
+def mean_drop(before, now) -> tuple[float, float]:
+    """(drop, standard error) from `before` to `now`, which hold the rewards of tasks, {task: [reward, ...]}: the mean
+    of the drops of the tasks that both hold. Hard and easy tasks do not add to the error."""
+    pairs = [(before[task], now[task]) for task in now if task in before]
+    drop = float(np.mean([np.mean(b) - np.mean(n) for b, n in pairs]))
+    variances = [np.var(rewards, ddof=min(1, len(rewards) - 1)) / len(rewards) for pair in pairs for rewards in pair]
+    return drop, math.sqrt(sum(variances)) / len(pairs)
 
 
 class TrajectoryBuffer:
@@ -294,8 +326,15 @@ class TrajectoryBuffer:
         return [t for domain in domains for t in self.sample(domain, num_samples_per_domain, strategy)]
 
     def get_statistics(self) -> dict:
-        rewards = {domain: round(float(np.mean(b.rewards)), 4) for domain, b in self.buffers.items()}
-        return {"buffer sizes": {domain: len(b.items) for domain, b in self.buffers.items()}, "buffer rewards": rewards}
+        """By domain: conversations, their rewards, and how many have a reward (`high_reward` draws from these)."""
+        measures = {
+            "buffer_sizes": len,
+            "mean_reward": lambda rewards: round(float(np.mean(rewards)), 4),
+            "max_reward": max,
+            "min_reward": min,
+            "num_high_reward": lambda rewards: sum(reward > 0 for reward in rewards),
+        }
+        return {name: {d: f(b.rewards) for d, b in self.buffers.items()} for name, f in measures.items()}
 
     def save(self, path):
         """Writes JSON, aside and renamed: the file is whole or not there."""
@@ -333,10 +372,9 @@ class ReplayCL(CLAlgorithm):
         if self.flags.min_buffer_size > self.flags.replay_buffer_size:
             sizes = f"({self.flags.replay_buffer_size}), got {self.flags.min_buffer_size}"
             raise ValueError(f"min_buffer_size must be from 1 to replay_buffer_size {sizes}")
-        self.ratio = self.flags.replay_ratio
+        self.replay_ratio = self.flags.replay_ratio
         self.rng = np.random.default_rng([self.seed, 2])
         self.drawn = []  # (domain, index) of the conversations that this step trains on
-        self.replayed: dict[str, int] = {}
 
     def make_buffer(self):
         flags = self.flags
@@ -348,35 +386,38 @@ class ReplayCL(CLAlgorithm):
         tasks = self.flags.replay_kind == "tasks"
         return tasks or self.flags.clone_coef > 0 or trajectory.advantage is not None
 
-    def shares(self, new, current_domain) -> dict[str, int]:
-        """How many records of each previous domain to replay beside `new` new items, as evenly as the count allows."""
+    def previous_domains(self, current_domain) -> list[str]:
+        """The domains to replay, the oldest first: those with enough stored conversations."""
         buffers = self.trainer.trajectory_buffer.buffers
         previous = [d for d in buffers if d != current_domain]
         previous = previous if self.flags.replay_all_domains else previous[-1:]
-        ready = [d for d in previous if len(buffers[d].items) >= self.flags.min_buffer_size]
-        if not ready:
-            return {}
-        count = replay_count(new, self.ratio, self.rng)
-        turns = [ready[i] for i in self.rng.permutation(len(ready))]
-        found = {d: count // len(turns) + (k < count % len(turns)) for k, d in enumerate(turns)}
-        for domain, number in found.items():
-            self.replayed[domain] = self.replayed.get(domain, 0) + number
-        return found
+        return [d for d in previous if len(buffers[d].items) >= self.flags.min_buffer_size]
+
+    def shares(self, domains, number) -> dict[str, int]:
+        """`number` records, spread over domains as evenly as possible: {domain: number}."""
+        turns = [domains[i] for i in self.rng.permutation(len(domains))]
+        return {d: number // len(turns) + (k < number % len(turns)) for k, d in enumerate(turns)}
 
     def augment_batch(self, new_tasks, current_domain):
-        if self.flags.replay_kind != "tasks":
+        previous = self.previous_domains(current_domain)
+        if self.flags.replay_kind != "tasks" or not previous:
             return new_tasks
-        buffer, batch = self.trainer.trajectory_buffer, list(new_tasks)
-        for domain, n in self.shares(len(new_tasks), current_domain).items():
-            batch += buffer.sample_tasks(domain, n, self.flags.replay_strategy)
-        return batch
+        count = replay_count(len(new_tasks), self.replay_ratio, self.rng)
+        return [*new_tasks, *self._sample_replay_tasks(previous, count)]
+
+    def _sample_replay_tasks(self, previous_domains, num_samples) -> list[TaskRef]:
+        """The tasks to replay. Override it to choose others."""
+        buffer, strategy = self.trainer.trajectory_buffer, self.flags.replay_strategy
+        shares = self.shares(previous_domains, num_samples)
+        return [task for domain, n in shares.items() for task in buffer.sample_tasks(domain, n, strategy)]
 
     def augment_trajectories(self, new, current_domain):
-        if self.flags.replay_kind != "trajectories":
+        previous = self.previous_domains(current_domain)
+        if self.flags.replay_kind != "trajectories" or not previous:
             return []
         buffer, warmup = self.trainer.trajectory_buffer, self.trainer.phase == "warmup"
         strategy = "high_reward" if warmup else self.flags.replay_strategy
-        shares = self.shares(new, current_domain)
+        shares = self.shares(previous, replay_count(new, self.replay_ratio, self.rng))
         self.drawn = [(domain, i) for domain, n in shares.items() for i in buffer.draw(domain, n, strategy)]
         found = [buffer.buffers[domain].items[i] for domain, i in self.drawn]
         return [t for t in found if t.reward > 0] if warmup else found  # only successes are worth imitating
@@ -386,15 +427,8 @@ class ReplayCL(CLAlgorithm):
             if math.isfinite(loss):  # train.py skips the update otherwise
                 update_losses(trainer.trajectory_buffer.buffers[replayed], [index], [loss])
 
-    def get_statistics(self):
-        return {
-            "replayed": sum(self.replayed.values()),
-            "replayed per domain": dict(self.replayed),
-            "replay ratio": round(self.ratio, 4),
-        }
-
     def state_dict(self):
-        return {"ratio": self.ratio, "replayed": self.replayed, "rng": self.rng.bit_generator.state}
+        return {"replay_ratio": self.replay_ratio, "rng": self.rng.bit_generator.state}
 
     def load_state_dict(self, state):
         super().load_state_dict({name: value for name, value in state.items() if name != "rng"})
@@ -402,45 +436,63 @@ class ReplayCL(CLAlgorithm):
 
 
 class AdaptiveReplayCL(ReplayCL):
-    """Replay whose ratio follows forgetting: up if a previous domain's score fell by more than `forgetting_threshold`
-    from its best, slowly down otherwise. The score is a running mean of the rewards of the domain's rollouts, new and
-    replayed: it costs nothing extra, and no evaluation task steers the training. Each domain begins at `replay_ratio`
-    again: the last domain's interference does not predict the next's."""
+    """Replay whose ratio follows forgetting, see `adapt_ratio`. The score of a domain is the mean reward of its
+    rollouts: it costs nothing extra, and no evaluation task steers the training.
 
-    SMOOTHING = 0.3
+    The reference is each task's last two groups of rollouts while its own domain was trained. After WINDOW replayed
+    conversations of each previous domain, their rewards are compared with it, task by task (`mean_drop`), and the ratio
+    is adapted once. It goes up if any domain has fallen, and down only if none has. Each domain begins at the initial
+    ratio: the last domain's interference does not predict the next's.
 
-    def __init__(self, *values, **kwargs):
+    initial_replay_ratio: another name of replay_ratio.
+    """
+
+    WINDOW = 64
+
+    def __init__(self, *values, initial_replay_ratio=None, **kwargs):
+        if initial_replay_ratio is not None:
+            kwargs["replay_ratio"] = initial_replay_ratio
         super().__init__(*values, **kwargs)
         low, high = self.flags.min_replay_ratio, self.flags.max_replay_ratio
         if low > high:
             raise ValueError(f"min_replay_ratio must be at most max_replay_ratio ({high}), got {low}")
         if self.flags.replay_kind != "tasks":
             raise ValueError("adaptive_replay reads the rewards of old tasks' rollouts: it needs --replay_kind tasks")
-        self.ratio = self.initial_ratio = min(max(self.ratio, low), high)
-        self.best: dict[str, float] = {}
-        self.recent: dict[str, float] = {}
+        self.replay_ratio = self.initial_ratio = min(max(self.replay_ratio, low), high)
+        self.adapting = None  # the domain that the ratio is of
+        self.reference: dict[str, dict[str, list]] = {}  # domain -> task -> rewards
+        self.recent: dict[str, dict[str, list]] = {}  # the same, of replayed conversations since the last adaptation
+        self.drops: dict[str, float] = {}  # the last that was found
+
+    def augment_batch(self, new_tasks, current_domain):
+        if current_domain != self.adapting:
+            self.adapting, self.replay_ratio, self.recent = current_domain, self.initial_ratio, {}
+        return super().augment_batch(new_tasks, current_domain)
 
     def post_step_hook(self, trainer, domain):
-        rewards = {}
         for ref, rewards_G in zip(trainer.refs_P, trainer.rewards_P_G.tolist(), strict=True):
-            rewards.setdefault(ref.domain, []).extend(r for r in rewards_G if not math.isnan(r))
-        for played, values in rewards.items():
-            if values:
-                score = self.recent.get(played, float(np.mean(values)))
-                self.recent[played] = score + self.SMOOTHING * (float(np.mean(values)) - score)
-                self.best[played] = max(self.best.get(played, 0.0), self.recent[played])
-        if any(ref.domain != domain for ref in trainer.refs_P):
-            drop = max(self.best[d] - self.recent[d] for d in self.best if d != domain)
-            limits = {"minimum": self.flags.min_replay_ratio, "maximum": self.flags.max_replay_ratio}
-            rule = {"threshold": self.flags.forgetting_threshold, "rate": self.flags.adaptation_rate}
-            self.ratio = adapt_ratio(self.ratio, drop, **rule, **limits)
+            rewards = [reward for reward in rewards_G if not math.isnan(reward)]
+            if rewards and ref.domain == domain:
+                groups = self.reference.setdefault(domain, {})
+                groups[ref.task_id] = (groups.get(ref.task_id, []) + rewards)[-2 * len(rewards_G) :]
+            elif rewards and ref.task_id in self.reference.get(ref.domain, {}):
+                self.recent.setdefault(ref.domain, {}).setdefault(ref.task_id, []).extend(rewards)
+        counts = [sum(map(len, tasks.values())) for tasks in self.recent.values()]
+        if counts and min(counts) >= self.WINDOW:
+            self.replay_ratio = max(self.adapted(old, tasks) for old, tasks in self.recent.items())
+            self.recent = {}
 
-    def post_task_hook(self, trainer, domain):
-        self.ratio = self.initial_ratio
+    def adapted(self, domain, rewards) -> float:
+        """The ratio that a previous domain asks for, by the rewards of its replayed tasks."""
+        drop, error = mean_drop(self.reference[domain], rewards)
+        self.drops[domain] = round(drop, 3)
+        limits = {"minimum": self.flags.min_replay_ratio, "maximum": self.flags.max_replay_ratio}
+        rule = {"threshold": self.flags.forgetting_threshold, "rate": self.flags.adaptation_rate}
+        return adapt_ratio(self.replay_ratio, drop, error=error, **rule, **limits)
 
     def get_statistics(self):
-        drops = {domain: round(self.best[domain] - self.recent[domain], 3) for domain in self.best}
-        return {**super().get_statistics(), "drop from best": drops}
+        return {**super().get_statistics(), "drop since own training": self.drops}
 
     def state_dict(self):
-        return {**super().state_dict(), "best": self.best, "recent": self.recent}
+        own = ("adapting", "reference", "recent", "drops")
+        return {**super().state_dict(), **{name: getattr(self, name) for name in own}}

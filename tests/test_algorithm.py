@@ -31,9 +31,9 @@ class Fixed(replay.ReplayCL):
 def test_a_constructor_without_kwargs_gets_what_it_names_only():
     args = SimpleNamespace(replay_ratio=0.3, replay_strategy="recent", seed=9)
     made = Fixed.from_args(args)
-    assert (made.ratio, made.flags.replay_strategy, made.seed) == (0.3, "random", 0)
+    assert (made.replay_ratio, made.flags.replay_strategy, made.seed) == (0.3, "random", 0)
     made = replay.ReplayCL.from_args(args)
-    assert (made.ratio, made.flags.replay_strategy, made.seed) == (0.3, "recent", 9)
+    assert (made.replay_ratio, made.flags.replay_strategy, made.seed) == (0.3, "recent", 9)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,6 @@ def test_a_constructor_without_kwargs_gets_what_it_names_only():
         ("--cl_algorithm lwf --ewc_lambda 2", [regularize.LwF, regularize.EWC]),
         ("--cl_algorithm ewc --lwf_coef 2", [regularize.EWC, regularize.LwF]),
         ("--cl_algorithm replay --ewc_lambda 2 --lwf_coef 2", [replay.ReplayCL, regularize.EWC, regularize.LwF]),
-        ("--cl_algorithm replay --ewc_lambda 2 --ewc_decay 0.5", [replay.ReplayCL, regularize.OnlineEWC]),
         ("--cl_algorithm generative_replay --lwf_coef 2", [generative.GenerativeReplayCL, regularize.LwF]),
         ("--cl_algorithm sequential --ewc_lambda 0 --lwf_coef 0", [replay.SequentialCL]),
     ],
@@ -59,7 +58,7 @@ def test_flags_choose_the_list_of_algorithms(flags, expected, tmp_path):
         if isinstance(a, regularize.EWC):
             assert a.ewc_lambda == (args.ewc_lambda or 1.0) and a.temperature == 0.6
         if isinstance(a, regularize.OnlineEWC):
-            assert a.ewc_decay == (args.ewc_decay or 0.95)
+            assert a.ewc_decay == 0.95
         if isinstance(a, regularize.LwF):
             assert a.lwf_coef == (args.lwf_coef or 0.01)
 
@@ -76,6 +75,27 @@ def test_flags_choose_the_list_of_algorithms(flags, expected, tmp_path):
 def test_an_algorithm_that_is_not_there_is_named(name, message):
     with pytest.raises(ValueError, match=message):
         algorithm.load_algorithm(name, train.ALGORITHMS, train.Args())
+
+
+class Helper:
+    def _sample_replay_taskz(self):
+        """A misspelt hook, in a class beside."""
+
+
+@pytest.mark.parametrize("name", ["_sample_tasks", "post_epoch_hook", "augment_everything", "_sample_replay_taskz"])
+@pytest.mark.parametrize("base", [replay.SequentialCL, replay.AdaptiveReplayCL, generative.GenerativeReplayCL])
+def test_a_method_that_looks_like_a_hook_and_is_none_is_an_error_by_name(base, name):
+    arguments = (["airline"],) if base is generative.GenerativeReplayCL else ()
+    parents = (Helper, base) if hasattr(Helper, name) else (base,)
+    own = type("Own", parents, {} if hasattr(Helper, name) else {name: lambda self: None})
+    with pytest.raises(
+        ValueError, match=rf"\.{name} looks like a hook, .* the hooks of {base.__name__} are .*augment_batch"
+    ):
+        algorithm.check_hooks(own(*arguments))
+    for hook in ("augment_batch", "post_step_hook", "extra_losses", "sample_other"):
+        algorithm.check_hooks(type("Own", (base,), {hook: lambda self: None})(*arguments))
+    algorithm.check_hooks(base(*arguments))
+    algorithm.check_hooks(type("Own", (replay.ReplayCL,), {"_sample_replay_tasks": lambda self: None})())
 
 
 OWN = """

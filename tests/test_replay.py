@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import replay
+from experiments import adaptive
 from grpo import TaskRef, Trajectory
 from replay import AdaptiveReplayCL, Buffer, ReplayCL, TrajectoryBuffer, add, sample
 
@@ -80,30 +81,60 @@ def test_brs_is_flat_for_plentiful_labels():
     assert np.abs(kept - 20).max() < 0.5
 
 
-def test_lars_weights_are_the_formula():
-    losses = [0.3, 1.0, 0.1, 0.6]
-    weights = np.array([1.0 - x + 0.9 / 4 for x in losses])
-    found = draws(lambda rng: replay.lars_slot(losses, rng), 4)
-    assert near(found, weights / weights.sum()) and found.min() > 0
+LOSSES = [0.3, 1.0, 0.1, 0.6]
 
 
-@pytest.mark.parametrize("slot", [replay.lars_slot, lambda x, rng: replay.labrs_slot(x, ["a"] * len(x), rng)])
-def test_equal_losses_are_the_reservoirs_choice(slot):
-    assert near(draws(lambda rng: slot([0.7] * 6, rng), 6), [1 / 6] * 6)
+@pytest.mark.parametrize(
+    "scaling, losses, weights",
+    [
+        ("minmax", LOSSES, [1.0 - x + 0.9 / 4 for x in LOSSES]),
+        ("inverse", LOSSES, [1 / (x + 1e-8) for x in LOSSES]),
+        ("inverse", [-0.1, 0.4, 0.9], [1 / 1e-8, 1 / 0.5, 1.0]),  # raised by 0.1
+        ("rank", LOSSES, [3, 1, 4, 2]),
+        ("rank", [0.5, 0.2, 0.5], [1.5, 3, 1.5]),
+    ],
+)
+def test_lars_weights_are_the_formula(scaling, losses, weights):
+    found = draws(lambda rng: replay.lars_slot(losses, rng, scaling), len(losses))
+    assert near(found, np.array(weights) / sum(weights))
 
 
-def test_labrs_weights_are_the_formulas():
+@pytest.mark.parametrize("scaling, easy", [("minmax", 0.5), ("rank", 0.75)])
+def test_an_outlier_hides_the_other_losses_from_minmax_and_not_from_rank(scaling, easy):
+    """Of 100 losses between 0 and 1 and one of 100, the share of victims from the lower half."""
+    losses = [*np.linspace(0, 1, 100), 100.0]
+    found = draws(lambda rng: replay.lars_slot(losses, rng, scaling), 101)
+    assert abs(found[:50].sum() - easy) < 0.02
+
+
+def by_lars(scaling):
+    return lambda losses, rng: replay.lars_slot(losses, rng, scaling)
+
+
+def by_labrs(scaling):
+    return lambda losses, rng: replay.labrs_slot(losses, ["a"] * len(losses), rng, scaling)
+
+
+@pytest.mark.parametrize("slot", [by_lars("minmax"), by_lars("inverse"), by_lars("rank")])
+@pytest.mark.parametrize("loss", [0.7, 0.0, -0.3])
+def test_equal_losses_are_the_reservoirs_choice(slot, loss):
+    assert near(draws(lambda rng: slot([loss] * 6, rng), 6), [1 / 6] * 6)
+
+
+@pytest.mark.parametrize("scaling", ["balanced", "released", "product"])
+def test_labrs_weights_are_the_formulas(scaling):
     losses, labels = [0.0, 2.0, 0.5, 1.0, 1.0], ["a", "a", "a", "b", "c"]
-    balanced = np.array(
-        [1 - x / 2 + (1.0 if label == "a" else 0.0) + 1 / 5 for x, label in zip(losses, labels, strict=True)]
-    )
-    found = draws(lambda rng: replay.labrs_slot(losses, labels, rng), 5)
-    assert near(found, balanced / balanced.sum()) and found.min() > 0
-    sizes = np.array([3.0, 3.0, 3.0, 1.0, 1.0])
+    sizes, low = np.array([3.0, 3.0, 3.0, 1.0, 1.0]), 2.0 - np.array(losses)
     score = 0.5 * -np.array(losses) / (np.mean(losses) * sizes.mean()) + 0.5 * sizes
-    released = (score - score.min()) / (score.max() - score.min()) + 1 / 5
-    found = draws(lambda rng: replay.labrs_slot(losses, labels, rng, "released"), 5)
-    assert near(found, released / released.sum()) and found.min() > 0
+    weights = {
+        "balanced": low / 2 + (sizes == 3) + 1 / 5,
+        "released": (score - score.min()) / (score.max() - score.min()) + 1 / 5,
+        "product": (low + 2 / 5) * sizes,
+    }[scaling]
+    found = draws(lambda rng: replay.labrs_slot(losses, labels, rng, scaling), 5)
+    assert near(found, weights / weights.sum()) and found.min() > 0
+    equal = draws(lambda rng: by_labrs(scaling)([0.7] * 6, rng), 6)
+    assert near(equal, [1 / 6] * 6)
 
 
 @pytest.mark.parametrize("policy, low, high", [("reservoir", 0.46, 0.54), ("lars", 0.96, 1.0)])
@@ -128,7 +159,7 @@ def test_refreshed_losses_change_who_goes():
     assert buffer.losses == [1.0, 1.0, 0.1, 1.0]
 
 
-@pytest.mark.parametrize("policy", ["brs", "lars", "labrs"])
+@pytest.mark.parametrize("policy", replay.MAKE_ROOM)
 def test_every_policy_has_the_reservoirs_gate(policy):
     """Of the last offer to a full buffer, a share of capacity / offers gets in, whatever it is."""
     accepted = 0
@@ -168,6 +199,7 @@ def test_bad_losses_and_lengths_are_named():
         (lambda: replay.lars_slot([1.0, float("nan")], rng), "finite, got nan"),
         (lambda: replay.labrs_slot([1.0], ["a", "b"], rng), "1 losses for 2 labels"),
         (lambda: replay.labrs_slot([1.0], ["a"], rng, "best"), "unknown scaling 'best'"),
+        (lambda: replay.lars_slot([1.0], rng, "best"), "unknown scaling 'best'"),
         (lambda: replay.update_losses(buffer, [0, 1], [1.0]), "1 losses for 2 items"),
         (lambda: replay.update_losses(buffer, [0, 1], [3.0, float("inf")]), "finite, got inf"),
         (lambda: add(buffer, "z", loss=float("nan"), policy="lars", rng=rng), "finite"),
@@ -227,12 +259,39 @@ def test_replay_count_makes_the_ratio_the_share_of_the_mixed_batch(new, ratio):
     assert set(drawn) <= {int(np.floor(expected)), int(np.ceil(expected))}
 
 
-def test_adapt_ratio_rises_falls_and_stays_within_bounds():
+@pytest.mark.parametrize(
+    "ratio, drop, error, adapted",
+    [
+        (0.2, 0.3, 0.0, 0.3),
+        (0.45, 0.3, 0.0, 0.5),  # the maximum
+        (0.2, 0.3, 0.19, 0.2),  # the drop may be chance
+        (0.2, 0.3, 0.18, 0.3),
+        (0.2, 0.07, 0.0, 0.2),  # between half the threshold and the threshold
+        (0.3, 0.04, 0.0, 0.2),
+        (0.3, 0.07, 0.03, 0.2),  # within one standard error of half the threshold
+        (0.1, -0.5, 0.0, 0.1),  # the minimum
+    ],
+)
+def test_adapt_ratio_rises_falls_and_stays_within_bounds(ratio, drop, error, adapted):
     limits = {"threshold": 0.1, "rate": 0.1, "minimum": 0.1, "maximum": 0.5}
-    assert replay.adapt_ratio(0.2, 0.3, **limits) == pytest.approx(0.3)
-    assert replay.adapt_ratio(0.2, 0.1, **limits) == pytest.approx(0.19)
-    assert replay.adapt_ratio(0.45, 0.3, **limits) == 0.5
-    assert replay.adapt_ratio(0.1, 0.0, **limits) == 0.1
+    assert replay.adapt_ratio(ratio, drop, error=error, **limits) == pytest.approx(adapted)
+
+
+def test_mean_drop_is_that_of_each_task_and_its_error_is_that_within_tasks():
+    before = {"easy": [1.0, 1.0, 1.0, 0.0], "hard": [0.0, 0.0], "other": [1.0]}
+    now = {"easy": [1.0, 0.0], "hard": [0.0, 0.0, 0.0], "new": [1.0]}
+    drop, error = replay.mean_drop(before, now)
+    assert drop == pytest.approx((0.25 + 0.0) / 2)
+    assert error == pytest.approx(np.sqrt(0.25 / 4 + 0.5 / 2) / 2)  # sample variances of easy; hard has none
+    rng = np.random.default_rng(0)
+    rates = {"a": 0.9, "b": 0.2, "c": 0.5}
+
+    def rewards(n):
+        return {task: list((rng.random(n) < rate).astype(float)) for task, rate in rates.items()}
+
+    found = np.array([replay.mean_drop(rewards(8), rewards(16)) for _ in range(4000)])
+    assert found[:, 0].std() == pytest.approx(np.sqrt((found[:, 1] ** 2).mean()), rel=0.05)
+    assert abs(found[:, 0].mean()) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -282,7 +341,11 @@ def test_a_record_is_a_trajectory_with_its_task_as_label():
     both = buffer.sample_multi_domain(["airline", "retail"], 2)
     assert [t.domain for t in both] == ["airline"] * 2 + ["retail"] * 2
     assert buffer.sample("telecom", 3) == []
-    assert buffer.get_statistics()["buffer sizes"] == {"airline": 6, "retail": 6}
+    assert buffer.get_statistics() == {
+        "buffer_sizes": {"airline": 6, "retail": 6},
+        **{name: {"airline": r, "retail": r} for name, r in (("mean_reward", 0.4167), ("max_reward", 5 / 6))},
+        **{name: {"airline": r, "retail": r} for name, r in (("min_reward", 0.0), ("num_high_reward", 5))},
+    }
 
 
 def test_a_buffer_for_tasks_stores_no_tokens():
@@ -329,6 +392,7 @@ def test_a_damaged_buffer_is_named_and_a_failed_save_leaves_the_old_one(tmp_path
 def running(algorithm, *trajectories, phase="grpo"):
     """The algorithm in a run whose buffer holds the trajectories."""
     algorithm.trainer = SimpleNamespace(trajectory_buffer=algorithm.make_buffer(), phase=phase, replayed_losses=[])
+    algorithm.trainer.state = {"replayed": {"grpo": {}, "warmup": {}}}
     for t in trajectories:
         if algorithm.keeps(t):
             algorithm.trainer.trajectory_buffer.add(t)
@@ -342,7 +406,6 @@ def test_augment_batch_replays_previous_domains_only_and_evenly():
     batch = algorithm.augment_batch(new, "telecom")
     assert batch[:4] == new and len(set(batch)) == 8
     assert sorted(task.domain for task in batch[4:]) == ["airline"] * 2 + ["retail"] * 2  # mock: below min_buffer_size
-    assert algorithm.get_statistics()["replayed per domain"] == {"airline": 2, "retail": 2}
     assert {task.domain for task in algorithm.augment_batch(new, "airline")[4:]} == {"retail"}
 
 
@@ -399,21 +462,46 @@ def after_step(algorithm, *groups, domain):
     algorithm.post_step_hook(SimpleNamespace(refs_P=[t for t, _ in groups], rewards_P_G=rewards), domain)
 
 
-def test_adaptive_ratio_follows_the_drop():
-    algorithm = AdaptiveReplayCL(replay_ratio=0.2, min_buffer_size=1)
-    old, new = TaskRef("airline", "0"), TaskRef("retail", "0")
-    after_step(algorithm, (old, [1.0, 0.6]), domain="airline")
-    after_step(algorithm, (new, [0.0]), (old, [0.8]), domain="retail")
-    assert algorithm.ratio == pytest.approx(0.19)
-    after_step(algorithm, (new, [0.0, 0.0]), (old, [0.0, None]), domain="retail")  # 0.8 -> 0.56: above the threshold
-    assert algorithm.ratio == pytest.approx(0.29)
-    assert algorithm.get_statistics()["drop from best"] == {"airline": 0.24, "retail": 0.0}
-    after_step(algorithm, (new, [0.0]), domain="retail")  # nothing replayed, nothing known
-    assert algorithm.ratio == pytest.approx(0.29)
-    after_step(algorithm, (new, [0.0]), (old, [None]), domain="retail")  # nothing valid: as before
-    assert algorithm.ratio == pytest.approx(0.39)
-    algorithm.post_task_hook(None, "retail")
-    assert algorithm.ratio == 0.2
+def test_adaptive_ratio_is_adapted_after_enough_conversations_and_begins_anew_in_each_domain():
+    stored = [conversation("airline", str(n)) for n in range(2)]
+    algorithm = running(AdaptiveReplayCL(initial_replay_ratio=0.2, min_buffer_size=1), *stored)
+    old, other, new = TaskRef("airline", "0"), TaskRef("airline", "1"), TaskRef("retail", "0")
+    for rewards in ([0.0] * 8, [1.0] * 8, [1.0] * 8):  # the last two groups are the reference
+        after_step(algorithm, (old, rewards), domain="airline")
+    algorithm.augment_batch([new], "retail")
+    for _ in range(7):  # of 64 conversations
+        after_step(algorithm, (new, [0.0] * 8), (old, [0.0, *[None] * 3, 0.0, 0.0, 0.0, 0.0]), domain="retail")
+        after_step(algorithm, (new, [0.0] * 8), (other, [1.0] * 8), domain="retail")  # without a reference
+    assert algorithm.replay_ratio == 0.2 and algorithm.drops == {}
+    for _ in range(4):
+        after_step(algorithm, (old, [0.0] * 8), domain="retail")
+    assert algorithm.replay_ratio == pytest.approx(0.3) and algorithm.recent == {}
+    assert algorithm.get_statistics()["drop since own training"] == {"airline": 1.0}
+    for _ in range(8):
+        after_step(algorithm, (old, [1.0] * 8), domain="retail")
+    assert algorithm.replay_ratio == pytest.approx(0.2)
+    algorithm.replay_ratio = 0.5
+    algorithm.augment_batch([new], "retail")
+    assert algorithm.replay_ratio == 0.5
+    algorithm.augment_batch([TaskRef("telecom", "0")], "telecom")
+    assert algorithm.replay_ratio == 0.2
+
+
+class Law(adaptive.Args):
+    seeds, steps = list(range(30)), 100
+
+
+@pytest.mark.parametrize("rate, group, domains", adaptive.CASES)
+def test_without_forgetting_the_ratio_stays_low(rate, group, domains):
+    ratios = adaptive.without_forgetting(Law, rate, group, domains)
+    assert ratios.mean() <= 0.2 and (ratios > 0.2 + 1e-9).mean() < 0.05
+
+
+@pytest.mark.parametrize("rate, group, domains", [(0.5, 4, 1), (0.3, 4, 2), (0.7, 16, 1), (0.9, 16, 2)])
+def test_after_a_fall_the_ratio_reaches_its_maximum_within_ten_adaptations_and_comes_back(rate, group, domains):
+    for run in adaptive.with_a_fall(Law, rate, group, domains):
+        assert adaptive.adaptations(run[adaptive.PERIOD :], lambda ratio: ratio >= 0.5 - 1e-9) <= 10
+        assert adaptive.adaptations(run[2 * adaptive.PERIOD :], lambda ratio: ratio <= 0.2 + 1e-9) <= 20
 
 
 @pytest.mark.parametrize("kind", [ReplayCL, AdaptiveReplayCL])
@@ -421,8 +509,11 @@ def test_state_survives_json(kind):
     stored = [conversation("airline", str(i), i / 6) for i in range(6)]
     algorithm = running(kind(replay_ratio=0.4, min_buffer_size=1, seed=5), *stored)
     twin = running(kind(replay_ratio=0.1, min_buffer_size=1, seed=5), *stored)
-    twin.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
     new = [TaskRef("retail", "0")] * 3
+    algorithm.augment_batch(new, "retail")
+    twin.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
+    for made in (algorithm, twin):
+        made.trainer.trajectory_buffer.rng = np.random.default_rng(0)
     for _ in range(5):
         assert twin.augment_batch(new, "retail") == algorithm.augment_batch(new, "retail")
     assert twin.state_dict() == algorithm.state_dict()
