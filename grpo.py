@@ -26,7 +26,7 @@ PER_SEQUENCE = ("grpo", "dr_grpo", "gspo")  # means over sequences; the others a
 Share = Annotated[float, Field(ge=0, le=1)]
 
 # KL of the policy from the reference at sampled tokens, d = ref_logprobs - logprobs (Schulman 2020, "Approximating KL
-# divergence").
+# divergence"). As a loss, k1 does nothing: the expectation of its gradient, -grad log pi, is 0 under the policy.
 KL_ESTIMATORS = {
     "k1": lambda d: -d,
     "k2": lambda d: d.square() / 2,
@@ -52,7 +52,7 @@ class Flags:
     """domain: the policy at the start of the domain's GRPO; initial: the policy before any training, which with LoRA
     is the model without its adapters. Default: domain; initial with LoRA"""
     kl_estimator: Literal[*KL_ESTIMATORS] = "k3"
-    """estimator of the KL penalty"""
+    """estimator of the KL penalty. The gradient of k1 has the expectation 0: with it, nothing holds the policy"""
     mask_truncated: bool = False
     """leave conversations that were cut short out of the loss. They stay in the baseline"""
     gamma: Share = 1.0
@@ -122,8 +122,9 @@ def group_advantages(rewards_P_G, scale="group") -> Tensor:
 
     scale "group": divided by the group's sample standard deviation + 1e-4 (Shao et al. 2024); "batch": by that of
     all rewards; "none": not divided (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783). NaN marks an invalid sample: it is
-    left out of mean and deviation and gets 0. A group of one, or with equal rewards, gets 0. Raises ValueError for an
-    unknown scale or another shape.
+    left out of mean and deviation and gets 0. A group of one, or with equal rewards, gets 0, and the loop leaves it out
+    of the step: its tokens have no KL penalty and no LwF, and do not count in the loss's divisor. Raises ValueError for
+    an unknown scale or another shape.
 
     >>> group_advantages([[1.0, 0.0], [1.0, 1.0]], scale="none")
     tensor([[ 0.5000, -0.5000],
@@ -254,7 +255,8 @@ def cloning_loss(logprobs, stored, mask, successful):
     """The behaviour-cloning term of stored conversations, summed over their sampled tokens (CLEAR, Rolnick et al. 2019,
     arXiv:1811.11682, "policy cloning"): KL(mu || pi) from the policy mu that sampled them, estimated as r - 1 - log r
     with r = pi / mu, and cross-entropy -log pi if the conversation was successful. r counts up to e: where a token is
-    likelier still, the gradient (r - 1) grad log pi would outweigh all others.
+    likelier still, the gradient (r - 1) grad log pi would outweigh all others, so there the KL has no gradient at all
+    (log r is cut at CLONING_CAP).
 
     logprobs (of pi), stored (of mu) and mask are (B, T), successful (B,). Returns a scalar tensor.
     """

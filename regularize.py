@@ -18,14 +18,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 import distributed
 import policy
 from algorithm import CLAlgorithm
 from distributed import say
-from grpo import Share
 
 
 @dataclass
@@ -34,11 +33,6 @@ class Flags:
 
     ewc_lambda: NonNegativeFloat | None = None
     """add EWC with this weight. Default: none; 1 with ewc and online_ewc"""
-    ewc_decay: Share | None = None
-    """keep one running Fisher information, multiplied by this at each domain's end. Default: one for each domain; 0.95
-    with online_ewc"""
-    fisher_samples: PositiveInt = 64
-    """take the Fisher information from this many conversations, the domain's last"""
     lwf_coef: NonNegativeFloat | None = None
     """add LwF, the KL to the previous domain's policy, with this weight. Default: none; 0.01 with lwf"""
 
@@ -101,6 +95,7 @@ class EWC(CLAlgorithm):
 
     Flags = Flags
     uses_trajectories = True
+    SAMPLES = 64  # conversations that the Fisher information is taken from, the domain's last
 
     def __init__(self, ewc_lambda=None, temperature=1.0, **kwargs):
         super().__init__(ewc_lambda=ewc_lambda, **kwargs)
@@ -135,7 +130,7 @@ class EWC(CLAlgorithm):
 
     def post_step_hook(self, trainer, domain):
         self.recent += [[t.token_ids, t.turns] for t in trainer.trajectories if t.domain == domain]
-        self.recent = self.recent[-self.flags.fisher_samples :]
+        self.recent = self.recent[-self.SAMPLES :]
 
     def post_task_hook(self, trainer, domain):
         sharded = policy.is_sharded(trainer.model)
@@ -186,9 +181,11 @@ class OnlineEWC(EWC):
     task (Schwarz et al. 2018, arXiv:1805.06370, eq. 9; Huszar 2018, arXiv:1712.03847, on why one anchor is enough and
     one for each task counts the first tasks again and again)."""
 
-    def __init__(self, ewc_lambda=None, ewc_decay=None, **kwargs):
-        super().__init__(ewc_lambda, ewc_decay=ewc_decay, **kwargs)
-        self.ewc_decay = 0.95 if ewc_decay is None else ewc_decay
+    def __init__(self, ewc_lambda=None, ewc_decay=0.95, **kwargs):
+        if not 0 <= ewc_decay <= 1:
+            raise ValueError(f"ewc_decay must be from 0 to 1, got {ewc_decay}")
+        super().__init__(ewc_lambda, **kwargs)
+        self.ewc_decay = ewc_decay
 
     def hold(self, theta, fisher):
         if not self.held:
@@ -246,12 +243,10 @@ def penalties(args, algorithm: CLAlgorithm) -> list[CLAlgorithm]:
     together."""
     found = []
     if args.ewc_lambda and not isinstance(algorithm, EWC):
-        found.append((EWC if args.ewc_decay is None else OnlineEWC).from_args(args))
+        found.append(EWC.from_args(args))
     if args.lwf_coef and not isinstance(algorithm, LwF):
         found.append(LwF.from_args(args))
     holding = [a for a in (algorithm, *found) if isinstance(a, (EWC, LwF))]
-    if args.ewc_decay is not None and args.ewc_lambda != 0 and not any(isinstance(a, OnlineEWC) for a in holding):
-        raise ValueError("ewc_decay is of the running Fisher information: it needs online_ewc, or --ewc_lambda")
     if holding and algorithm.all_domains:
         raise ValueError(f"{args.cl_algorithm} trains all domains at once: ewc_lambda and lwf_coef have none to hold")
     if holding and len(args.task_order) < 2:

@@ -2,17 +2,15 @@
 
 import dataclasses
 import datetime
-import importlib.util
 import json
 import os
 import shlex
-import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 import torch
 import transformers
 from pydantic import PositiveInt
@@ -20,26 +18,17 @@ from pydantic import PositiveInt
 import checkpoint
 import distributed
 import eval as evaluation
-import grpo
 import oracle
 import policy
 import regularize
 import report
 import rollout
+import tracking
 import users
-from algorithm import CLAlgorithm, load_algorithm, own_attributes
-from distributed import (
-    StopRun,
-    all_gather_json,
-    append_jsonl,
-    one_line,
-    rank,
-    say,
-    seeded_generator,
-    world_size,
-    write_json,
-)
+from algorithm import LIBRARY, CLAlgorithm, check_hooks, load_algorithm, own_attributes
+from distributed import StopRun, all_gather_json, append_jsonl, rank, say, world_size, write_json
 from grpo import TaskRef, Trajectory
+from metrics import cl_metrics, transfer_so_far
 from replay import TrajectoryBuffer
 
 
@@ -55,10 +44,8 @@ class Flags:
     """continue the run in this directory from its last checkpoint, with its own settings"""
     checkpoint_every: PositiveInt = 10
     """GRPO steps between checkpoints"""
-    tensorboard: bool = False
-    """also log to TensorBoard, into the run's directory (package tensorboard)"""
-    wandb_project: str | None = None
-    """also log to this project of Weights & Biases (packages wandb and tensorboard)"""
+    tracker: tracking.Tracker | None = None
+    """also log to TensorBoard, into the run's directory, or to Weights & Biases (package tensorboard, and wandb)"""
 
 
 @dataclass
@@ -82,13 +69,12 @@ class Trainer:
     phase: str = ""  # "warmup" or "grpo" during a step
     refs_P: list[TaskRef] = field(default_factory=list)  # of this step: the tasks of all ranks, ...
     rewards_P_G: torch.Tensor | None = None  # ... their rewards, NaN for invalid conversations, ...
-    trajectories: list[Trajectory] = field(
-        default_factory=list
-    )  # ... the conversations, if an algorithm uses them, ...
+    trajectories: list[Trajectory] = field(default_factory=list)  # ... conversations, if an algorithm uses them, ...
     replayed: list[Trajectory] = field(default_factory=list)  # ... stored conversations in the batch, ...
     replayed_losses: list[float] = field(default_factory=list)  # ... their losses, ...
     batches: list[dict] = field(default_factory=list)  # ... and this rank's micro-batches (grpo.collate)
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    custom_metrics: dict[str, float] = field(default_factory=dict)  # for the next record of the log
     own_attributes: list[dict] = field(default_factory=list)  # see checkpoint.warn_of_unsaved_state
     writer: object = None  # of TensorBoard
     started: float = field(default_factory=time.perf_counter)
@@ -118,10 +104,14 @@ class Trainer:
         """Seconds that the run has taken, without the time between a stop and a resume."""
         return self.state["seconds"] + time.perf_counter() - self.started
 
+    def log_custom_metric(self, name, value):
+        """Adds a number to the next record of metrics.jsonl: that of the step in post_step_hook."""
+        self.custom_metrics[name] = float(value)
+
     def seeded(self, purpose, step) -> torch.Generator:
         """Random numbers that depend on the seed, the rank and the position in the run only."""
-        position = (self.args.task_order.index(self.domain), purpose, step, distributed.rank())
-        return seeded_generator(self.model.device, self.args.seed, *position)
+        position = (self.args.task_order.index(self.domain), purpose, step, rank())
+        return distributed.seeded_generator(self.model.device, self.args.seed, *position)
 
 
 # ---------------------------------------------------------------------------------------------------------- opening
@@ -135,23 +125,29 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
         args, config = read_config(type(args), run)
         folder = next(reversed(checkpoint.checkpoints(run)), None)  # a run killed before its first one begins again
         saved = checkpoint.read(folder) if folder else None
-    check_trackers(args)
+    tracking.check(args.tracker)
+    if config and algorithm is None and ":" not in args.cl_algorithm and args.cl_algorithm not in algorithms:
+        made = f"{run} was started from code with an instance of {args.cl_algorithm}"
+        raise ValueError(f"{made}; continue it with train(Args(resume=...), algorithm=...)")
+    if algorithm is None:  # before the tasks: the file of a user's class may register a domain
+        algorithm = load_algorithm(args.cl_algorithm, algorithms, args)
+    else:
+        args = dataclasses.replace(args, cl_algorithm=type(algorithm).__name__)
+    check_hooks(algorithm)
     users.check(args.user)
-    oracle.use_retrieval(args.retrieval)
     tasks = oracle.training_tasks(args)
     eval_tasks = oracle.evaluation_tasks(args, tasks)
     if config and config["train_tasks"] != task_ids(tasks):
         raise ValueError(f"cannot resume {run}: the train_tasks of its config.json are not those of this tau2")
-    algorithm = algorithm or load_algorithm(args.cl_algorithm, algorithms, args)
     algorithms = [algorithm, *regularize.penalties(args, algorithm)]
-    users.prepare(args.user, args.user_api_base, model_dtype=args.model_dtype, device=device)
+    users.prepare(args.user, os.environ.get("OPENAI_BASE_URL"), model_dtype=args.model_dtype, device=device)
     args.kl_reference = args.kl_reference or ("initial" if args.lora_rank else "domain")
     corpus = None
     if args.model_name_or_path == "tiny":  # the tokenizer is trained on these tasks; the policy knows no others
         corpus = [text[:400] for d in tasks for text in oracle.corpus(d, tasks[d])]
 
     def load(source, lora_rank=args.lora_rank):
-        names = ("seed", "attn_implementation", "gradient_checkpointing")
+        names = ("seed", "weights_dtype", "attn_implementation", "gradient_checkpointing")
         settings = {**{name: getattr(args, name) for name in names}, "corpus": corpus, "lora_rank": lora_rank}
         model, tokenizer = policy.load_policy(
             str(source), args.model_dtype, "cpu" if args.shard else device, **settings
@@ -176,7 +172,7 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
         run = new_run(args, tasks, eval_tasks)
     if tiny_lora:  # an adapter's directory names its base, which must be a directory, too
         weights = policy.gathered_weights(model)
-        if distributed.rank() == 0:
+        if rank() == 0:
             policy.save_policy(model, tokenizer, run / "base", weights)
         distributed.barrier()
         model, tokenizer = load((run / "base").resolve())
@@ -184,15 +180,17 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
     parameters = policy.trained_parameters(model).values()
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, foreach=False)
     order, buffer = args.task_order, next((b for a in algorithms if (b := a.make_buffer())), None)
+    if buffer is None and type(algorithm).__module__ not in LIBRARY and not algorithm.keeps_no_data:
+        buffer = TrajectoryBuffer(args.replay_buffer_size, args.buffer_policy, args.seed)
     stages = [f"{k + 1}/{len(order)} of all" for k in range(len(order))] if algorithm.all_domains else order
     names = (args, run, model, tokenizer, algorithms, tasks, eval_tasks, stages, optimizer, initial, buffer)
-    trainer = Trainer(*names, state=initial_state(), writer=open_writer(args, run))
+    trainer = Trainer(*names, state=initial_state(), writer=tracking.open_writer(args, run))
     for a in algorithms:
         a.trainer = trainer
     trainer.own_attributes = [own_attributes(a, args) for a in algorithms]
     if folder:
         checkpoint.load(trainer, folder, saved)
-    elif distributed.rank() == 0:
+    elif rank() == 0:
         for path in run.glob("*.jsonl"):
             path.unlink()
     announce(trainer)
@@ -207,9 +205,13 @@ def initial_state() -> dict:
         "warm_steps": 0,  # of the current stage
         "global_step": 0,  # GRPO steps so far
         "skipped_in_a_row": 0,  # updates without a finite gradient
+        "replayed": {"grpo": {}, "warmup": {}},  # conversations, and demonstrations, by domain
+        "pass_rates": {},  # of each training task's last group, by domain and id
+        "epoch": None,  # of the tasks: stage, phase, number
+        "epoch_rates": {},  # the pass rates when it began
         "examples": 0,  # conversations trained on so far, demonstrations and replayed ones included
         "seconds": 0.0,
-        "ranks": distributed.world_size(),
+        "ranks": world_size(),
         "baseline": {},
         "warm_start": {},
         "evaluation": {},
@@ -219,7 +221,7 @@ def initial_state() -> dict:
 
 def announce(trainer: Trainer):
     """Tells the user what is about to run."""
-    args, ranks = trainer.args, distributed.world_size()
+    args, ranks = trainer.args, world_size()
     size = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     say(f"{args.cl_algorithm} on {args.model_name_or_path} ({size:.1f}M parameters), {ranks} rank(s)")
     number = {d: len(tasks) for d, tasks in trainer.tasks.items()}
@@ -227,6 +229,8 @@ def announce(trainer: Trainer):
     if trainer.state["ranks"] != ranks:
         say(f"resuming with {ranks} ranks a run of {trainer.state['ranks']}: batches change their size")
         trainer.state["ranks"] = ranks
+    if args.kl_estimator == "k1" and args.kl_coef > 0:
+        say("the gradient of kl_estimator k1 has the expectation 0: its penalty holds nothing; choose k2 or k3")
     say(f"writing {trainer.run}")
 
 
@@ -250,7 +254,7 @@ def read_config(kind, run: Path):
         settings = kind(**{f.name: config[f.name] for f in dataclasses.fields(kind)})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"cannot resume {run}: {path} is damaged ({type(error).__name__}: {one_line(error)})"
+            f"cannot resume {run}: {path} is damaged ({type(error).__name__}: {distributed.one_line(error)})"
         ) from error
     return settings, config
 
@@ -295,45 +299,10 @@ def log_conversations(trainer: Trainer, records):
 def log(trainer, record):
     """A line in metrics.jsonl, and its numbers in TensorBoard."""
     position = {"global_step": trainer.step, "seconds": round(trainer.seconds, 2)}
+    record = {**record, **trainer.custom_metrics}
+    trainer.custom_metrics = {}
     append_jsonl(trainer.run / "metrics.jsonl", [{**record, **position}])
-    if trainer.writer is not None:
-        for name, value in scalars(record).items():
-            trainer.writer.add_scalar(name, value, trainer.step)
-        trainer.writer.flush()
-
-
-def scalars(record) -> dict[str, float]:
-    """The numbers of a record, nested ones too, by names such as step/reward and evaluation/domain/scores/airline."""
-    name = "/".join(str(record[key]) for key in ("kind", "stage") if key in record)
-    [flat] = pd.json_normalize(record, sep="/").to_dict("records")
-    return {f"{name}/{key}": float(value) for key, value in flat.items() if isinstance(value, (int, float))}
-
-
-def check_trackers(args):
-    """Raises ValueError for a tracker whose package is not installed."""
-    needed = {"wandb_project": ("wandb", "tensorboard"), "tensorboard": ("tensorboard",)}
-    for flag, packages in needed.items():
-        for package in packages if getattr(args, flag) else ():
-            if importlib.util.find_spec(package) is None:
-                raise ValueError(f"--{flag} needs the package {package}, which is not installed: pip install {package}")
-
-
-def open_writer(args, run):
-    """TensorBoard's writer on rank 0, if a flag asks for one; Weights & Biases reads along. A resumed run goes on where
-    it was."""
-    if rank() > 0 or not (args.tensorboard or args.wandb_project):
-        return None
-    if args.wandb_project:
-        os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it would advertise itself
-        import wandb
-
-        about = {"project": args.wandb_project, "name": run.name, "id": run.name, "resume": "allow", "dir": str(run)}
-        quiet = wandb.Settings(silent=True, console="off")
-        wandb.init(**about, config=dataclasses.asdict(args), settings=quiet, sync_tensorboard=True)
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(run / "tensorboard")
+    tracking.write(trainer.writer, record, trainer.step)
 
 
 # ------------------------------------------------------------------------------------------------------ of one step
@@ -409,6 +378,8 @@ def evaluate(trainer: Trainer, stop, stage, domains, step) -> dict[str, float]:
         on_record=stop.leave_evaluation,
         user=args.user,
         max_turns=args.max_turns,
+        evaluation_type=args.evaluation_type,
+        pass_threshold=args.pass_threshold,
         seed=trainer.seeded(purpose, step).initial_seed(),
         label=f"evaluate ({', '.join(domains)})",
         **rollout.settings(args),
@@ -420,32 +391,35 @@ def evaluate(trainer: Trainer, stop, stage, domains, step) -> dict[str, float]:
     return scores
 
 
-def step_metrics(trainer: Trainer, records, clock) -> dict:
-    """What the conversations of a step (of all ranks) say."""
-    frame = pd.DataFrame(records).astype({"reward": float})
-    valid = frame.dropna(subset="reward")
-    by_domain = valid.groupby("domain")["reward"]
-    new = valid["reward"][valid["domain"].isin(trainer.domains)]
-    return {
-        "kind": "step",
-        "domain": trainer.domain,
-        "reward": float(new.mean()) if len(new) else 0.0,
-        "reward_std": float(new.std(ddof=0)) if len(new) else 0.0,
-        "reward_max": float(new.max()) if len(new) else 0.0,
-        "reward_by_domain": by_domain.mean().to_dict(),
-        "pass_rate_by_domain": by_domain.agg(lambda rewards: (rewards >= grpo.PASS).mean()).to_dict(),
-        "zero_variance_groups": 1.0 - grpo.varied(trainer.rewards_P_G).float().mean().item(),
-        "replayed_groups": statistics.fmean(ref.domain not in trainer.domains for ref in trainer.refs_P),
-        "turns": float(frame["turns"].mean()),
-        "tool_error_share": float(frame["failed_calls"].sum() / max(1, frame["tool_calls"].sum())),
-        "truncated": float(frame["truncated"].mean()),
-        "invalid": len(frame) - len(valid),
-        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
-        "skipped_in_a_row": trainer.state["skipped_in_a_row"],
-        "tokens_per_second": float(frame["tokens"].sum() / clock["rollout_seconds"]),
-        **({"replayed_conversations": len(trainer.replayed)} if trainer.replayed else {}),
-        **clock,
-    }
+def remember(trainer: Trainer, new):
+    """Counts what algorithms have added to the step's `new` tasks and to its batch, and notes the pass rates."""
+    each = trainer.args.num_samples_per_prompt if trainer.phase == "grpo" else 1
+    found = Counter(trainer.state["replayed"][trainer.phase])
+    found.update(t.domain for t in trainer.replayed)
+    for ref, number in (Counter(trainer.refs_P) - Counter(new)).items():
+        found[ref.domain] += number * each
+    trainer.state["replayed"][trainer.phase] = dict(found)
+    for ref, rewards_G in zip(trainer.refs_P, trainer.rewards_P_G, strict=True) if trainer.phase == "grpo" else ():
+        if len(valid := rewards_G[~rewards_G.isnan()]):
+            passed = (valid >= trainer.args.pass_threshold).float().mean().item()
+            trainer.state["pass_rates"].setdefault(ref.domain, {})[ref.task_id] = passed
+
+
+def end_of_domain(trainer: Trainer):
+    """Shows and logs what a domain has left behind: scores, transfer so far, statistics of the algorithms."""
+    stage, order = trainer.stages[len(trainer.state["R"]) - 1], trainer.args.task_order
+    say(f"after {stage}: " + "  ".join(f"{domain} {trainer.scores[domain]:.2f}" for domain in order))
+    found = statistics_of(trainer)
+    if found:
+        say(f"statistics of {trainer.args.cl_algorithm} after {stage}")
+    for name, value in found.items():
+        say(f"  {name}: {value}")
+    transfer = transfer_so_far(trainer.state["R"]) if trainer.stages == order else {}
+    log(trainer, {"kind": "transfer", "domain": trainer.domain, **transfer, "statistics": found})
+
+
+def statistics_of(trainer: Trainer) -> dict:
+    return {name: value for a in trainer.algorithms for name, value in a.get_statistics().items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- the end
@@ -457,15 +431,11 @@ def finish(trainer: Trainer) -> dict:
     order, buffer = args.task_order, trainer.trajectory_buffer
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     versions.update(oracle.data_version())
-    solo = " (telecom: solo mode)" if args.user == "scripted" and "telecom" in order else ""
-    note = f"{args.user} user{solo}, {args.eval_split} split, {versions['tau2']}"
+    solo = ", ".join(domain for domain in order if oracle.is_solo(domain, args.user))
+    note = f"{args.user} user{f' ({solo}: solo mode)' if solo else ''}, {args.eval_split} split, {versions['tau2']}"
     if args.model_name_or_path == "tiny":
         note += "; the embedded policy memorises a few training tasks, this is no benchmark score"
-    found = buffer.get_statistics() if buffer is not None else {}
     kept = buffer.bytes_kept() if buffer is not None else 0
-    for algorithm in trainer.algorithms:
-        found.update(algorithm.get_statistics())
-        kept += algorithm.bytes_kept()
     summary = {
         "cl_algorithm": args.cl_algorithm,
         "task_order": order,
@@ -477,11 +447,11 @@ def finish(trainer: Trainer) -> dict:
         "warm_start": state["warm_start"],
         "stages": trainer.stages,
         "R": state["R"],
-        "metrics": evaluation.cl_metrics(state["R"], [state["baseline"][d] for d in order]),
+        "metrics": cl_metrics(state["R"], [state["baseline"][d] for d in order]),
         "evaluation": state["evaluation"],
         "do_nothing_rate": {d: state["evaluation"][d]["do_nothing_rate"] for d in order},
-        "statistics": found,
-        "bytes_kept": kept,
+        "statistics": statistics_of(trainer),
+        "bytes_kept": kept + sum(algorithm.bytes_kept() for algorithm in trainer.algorithms),
         "minutes": trainer.seconds / 60,
         "ranks": world_size(),
         "versions": versions,

@@ -11,6 +11,7 @@ Every random draw is a function of the seed and the position in the run: a resum
 step's loss is divided by counts over all ranks: the gradient does not depend on how conversations are split.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -40,6 +41,7 @@ import regularize
 import replay
 import rollout
 import run
+import tracking
 import users
 from algorithm import CLAlgorithm
 from distributed import CHECKED, StopRun, say
@@ -71,7 +73,8 @@ class Flags:
     batch_size_per_gpu: PositiveInt = 4
     """tasks per rank and accumulation step: a step has this x gradient_accumulation_steps x ranks tasks"""
     gradient_accumulation_steps: PositiveInt = 2
-    """see batch_size_per_gpu"""
+    """rollouts of a step, one after the other. With more of them and a smaller batch_size_per_gpu, a step has the same
+    tasks and a rollout needs less memory"""
     micro_batch_tokens: PositiveInt = 16384
     """tokens of one forward and backward pass, padding included. Affects memory, not the gradient"""
     num_iterations: PositiveInt = 1
@@ -86,8 +89,6 @@ class Flags:
     """course of the rate over each domain's GRPO steps; linear and cosine end at 0"""
     lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """multiply both learning rates by lr_decay**n after n conversations"""
-    lr_warmup_steps: NonNegativeInt = 0
-    """GRPO steps of each domain over which the rate rises to learning_rate"""
     max_grad_norm: PositiveFloat = 1.0
     """clip gradients to this norm"""
     warmup_steps: NonNegativeInt = 0
@@ -102,14 +103,14 @@ class Flags:
 TINY = {
     "model_dtype": "float32",
     "max_tasks_per_domain": 4,
-    "task_selection": "short",
     "max_turns": 5,
     "temperature": 0.5,
     "max_new_tokens": 96,
     "max_context": 320,
     "max_user_tokens": 64,
     "max_tool_tokens": 12,
-    "batch_size_per_gpu": 2,
+    "batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 1,
     "micro_batch_tokens": 4096,
     "num_samples_per_prompt": 16,
     "num_steps_per_task": 16,
@@ -183,6 +184,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
     algorithms, buffer, optimizer = trainer.algorithms, trainer.trajectory_buffer, trainer.optimizer
     rank, ranks, G = distributed.rank(), distributed.world_size(), args.num_samples_per_prompt
     objective, sampling = grpo.loss_settings(args), rollout.settings(args)
+    score = functools.partial(evaluation.score_and_record, evaluation_type=args.evaluation_type)
     stop = checkpoint.StopSignal()
     plan = schedule(args, trainer.stages)
     tasks = {TaskRef(d, task.id): task for d in args.task_order for task in trainer.tasks[d]}
@@ -196,15 +198,12 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
         if phase == "warmup" and state["warm"] == stage:  # its target is reached
             continue
         trainer.domain, trainer.phase = args.task_order[stage], phase
-        domain, domains = trainer.domain, trainer.domains
-        clock = distributed.Clock()
+        domain, domains, clock = trainer.domain, trainer.domains, distributed.Clock()
         bar.set_description(f"{trainer.stages[stage]}: {phase}")
 
         if phase in ("warmup", "grpo"):
             # 1. Tasks: the next ones, and those that the algorithms add. Every rank draws the same list.
-            new = [ref for ref in tasks if ref.domain in domains]
-            count = args.batch_size_per_gpu * args.gradient_accumulation_steps * ranks
-            refs_P = oracle.sample_tasks(new, count, step, [args.seed, stage, phase == "grpo"])
+            refs_P = new = next_tasks(trainer, [ref for ref in tasks if ref.domain in domains], stage, step)
             for a in algorithms:
                 refs_P = a.augment_batch(refs_P, domain)
             trainer.refs_P, mine_P = refs_P, refs_P[rank::ranks]
@@ -213,16 +212,19 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
                 conversations = len(refs_P)
                 trained = [gold(ref) for ref in mine_P]
             else:
-                # 2. Conversations: each rank plays G of every ranks-th task.
+                # 2. Conversations: each rank plays G of every ranks-th task, an accumulation step at a time.
                 conversations = len(refs_P) * G
                 played = [ref for ref in mine_P for _ in range(G)]
                 episodes = [oracle.Episode(ref.domain, tasks[ref], args.user, args.max_turns) for ref in played]
-                generator = trainer.seeded(1, step)
-                trajectories = rollout.rollout(model, tokenizer, episodes, generator=generator, **sampling)
+                generator, trajectories = trainer.seeded(1, step), []
+                size = G * math.ceil(len(mine_P) / args.gradient_accumulation_steps)
+                for k in range(args.gradient_accumulation_steps):
+                    part = episodes[k * size : (k + 1) * size]
+                    trajectories += rollout.rollout(model, tokenizer, part, generator=generator, **sampling)
                 clock.lap("rollout_seconds")
 
                 # 3. Rewards: tau2's own. An invalid conversation has none.
-                records = [evaluation.score_and_record(e, t) for e, t in zip(episodes, trajectories, strict=True)]
+                records = [score(e, t) for e, t in zip(episodes, trajectories, strict=True)]
                 records = distributed.gathered_in_order(records, len(refs_P), G)
                 evaluation.stop_if_invalid(records)
                 rewards = [math.nan if r["reward"] is None else r["reward"] for r in records]
@@ -242,8 +244,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
             if phase == "grpo":
                 run.add_reference_logprobs(trainer)
             set_learning_rate(trainer, step, conversations + len(trainer.replayed))
-            history = []  # of each iteration: the statistics of all ranks' micro-batches
-            extra, norm = None, 0.0
+            history, extra, norm = [], None, 0.0  # history: by iteration, the statistics of all ranks' micro-batches
             for _ in range(args.num_iterations if phase == "grpo" else 1):
                 stats = []
                 for batch in trainer.batches:
@@ -285,6 +286,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
             clock.lap("update_seconds")
 
             # 7. What is remembered, and the log.
+            run.remember(trainer, new)
             if phase == "warmup":
                 loss = sum(s["loss"] for s in history[0])
                 run.log(trainer, {"kind": "warmup", "domain": domain, "loss": loss})
@@ -304,7 +306,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
                         buffer.add(t, grpo.fresh_loss(t, args.gamma))
                 clock.lap("hook_seconds")
                 state["global_step"] += 1
-                metrics = {**run.step_metrics(trainer, records, clock), **grpo.update_stats(history, counts)}
+                metrics = {**tracking.step_metrics(trainer, records, clock), **grpo.update_stats(history, counts)}
                 metrics["grad_norm"] = norm
                 if extra is not None:
                     metrics["extra_loss"] = distributed.sum_over_ranks(extra) / ranks
@@ -323,11 +325,9 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
         else:  # a domain ends: one row of the transfer matrix
             trainer.scores = run.evaluate(trainer, stop, "domain", args.task_order, 0)
             state["R"].append([trainer.scores[d] for d in args.task_order])
-            say(f"after {trainer.stages[stage]}: " + "  ".join(f"{d} {r:.2f}" for d, r in trainer.scores.items()))
             for a in algorithms:
                 a.post_task_hook(trainer, domain)
-                for name, value in a.get_statistics().items():
-                    say(f"  {name}: {value}")
+            run.end_of_domain(trainer)
             trainer.reference = None
             state["warm_steps"] = 0
             reset_momentum(optimizer)
@@ -364,6 +364,18 @@ def schedule(args, stages) -> list[tuple[int, str, int]]:
     return plan
 
 
+def next_tasks(trainer: Trainer, candidates, stage, step) -> list[TaskRef]:
+    """The new tasks of a step of all ranks. Past pass rates stay as they are for an epoch: an epoch has one order."""
+    args, state = trainer.args, trainer.state
+    count = args.batch_size_per_gpu * args.gradient_accumulation_steps * distributed.world_size()
+    epoch = [stage, trainer.phase, step * count // len(candidates)]
+    if state["epoch"] != epoch:
+        state["epoch"], state["epoch_rates"] = epoch, copy.deepcopy(state["pass_rates"])
+    rates = {TaskRef(domain, id): rate for domain, of in state["epoch_rates"].items() for id, rate in of.items()}
+    seed = [args.seed, stage, trainer.phase == "grpo"]
+    return oracle.sample_tasks(candidates, count, step, seed, args.batch_order, rates)
+
+
 def demonstration(args, tokenizer, domain, task) -> Trajectory:
     """The task's gold conversation, as the policy would have to say it."""
     user = users.scripted_like(args.user)
@@ -398,7 +410,7 @@ def scheduled_rate(args, step) -> float:
     """The learning rate of a domain's GRPO step, from 0, before `lr_decay`."""
     progress = step / max(1, args.num_steps_per_task)
     decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return args.learning_rate * decay[args.lr_schedule] * min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
+    return args.learning_rate * decay[args.lr_schedule]
 
 
 def reset_momentum(optimizer):
@@ -410,20 +422,21 @@ def reset_momentum(optimizer):
 # --------------------------------------------------------------------------------------------------------- the script
 
 
-def main():
+def main(job=lambda: train(parse_args()), script="train.py"):
+    """Calls `job` and exits. An error that a user can mend is one line; see the exit codes."""
     code, text = 0, ""
     try:
-        train(parse_args())
+        job()
     except checkpoint.Interrupted as stop:
         code, text = 128 + stop.args[0], "\nsaved; continue with --resume"
     except KeyboardInterrupt:
         code, text = 130, "\nstopped at once; --resume continues a run from its last checkpoint"
     except (ValueError, OSError, StopRun) as error:
-        code, text = 2, f"train.py: {distributed.one_line(error)}"
+        code, text = 2, f"{script}: {distributed.one_line(error)}"
     except Exception as error:
         # The other ranks raise this when one is gone; the cause is that one's, which has shown it.
         lost = isinstance(error, dist.DistBackendError) or "gloo/transport" in str(error)
-        code, text = 1, "train.py: lost the connection to another rank" if lost else traceback.format_exc()
+        code, text = 1, f"{script}: lost the connection to another rank" if lost else traceback.format_exc()
     if text and (code < 128 or distributed.rank() == 0):
         tqdm.write((f"[rank {distributed.rank()}] " if distributed.rank() > 0 else "") + text, file=sys.stderr)
     if code and distributed.world_size() > 1:

@@ -271,3 +271,24 @@ def test_distillation_is_the_kl_from_the_policy_as_it_was(teacher):
         after = model(rows[0]).logits[0, [0, 2]].log_softmax(-1)
     expected = (before.exp() * (before - after)).sum().item()
     assert policy.distillation_kl(model, *rows, frozen, states).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_weights_of_bfloat16_are_trained_as_such_and_need_to_be_computed_with(tmp_path):
+    model, tokenizer = policy.load_policy("tiny", "bfloat16", "cpu", weights_dtype="bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    ids = torch.arange(3, 15)[None]
+    (-policy.token_logprobs(model, ids, torch.ones_like(ids)).sum()).backward()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    before = policy.snapshot(model)
+    optimizer.step()
+    moments = next(iter(optimizer.state.values()))
+    assert moments["exp_avg"].dtype == torch.bfloat16
+    assert any(not torch.equal(before[name], p) for name, p in model.named_parameters())
+    policy.save_policy(model, tokenizer, tmp_path)
+    again, _ = policy.load_policy(str(tmp_path), "bfloat16", "cpu", weights_dtype="bfloat16")
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    with pytest.raises(ValueError, match="weights_dtype bfloat16 needs model_dtype bfloat16, got float32"):
+        policy.load_policy("tiny", "float32", "cpu", weights_dtype="bfloat16")
+    with pytest.raises(ValueError, match="unknown dtype 'float8'"):
+        policy.load_policy("tiny", weights_dtype="float8")
