@@ -5,6 +5,8 @@ in its folder `training`, because vLLM reads every *.safetensors beside the mode
 a kill at any moment leaves the last good state.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +15,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import policy
@@ -21,6 +23,7 @@ from algorithm import own_attributes
 from distributed import StopRun, all_gather_json, rank, say, world_size, write_json
 
 KEEP = 2  # checkpoints of a run
+LOGS = ("metrics.jsonl", "trajectories.jsonl")  # what is logged after a checkpoint is dropped by a resume
 
 
 class Interrupted(Exception):
@@ -54,14 +57,33 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def signals_restored():
-    """Afterwards, signals are handled as before."""
+def restored():
+    """Afterwards, signals are handled as before and locks are released."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        while _locks:
+            os.close(_locks.pop())
+
+
+_locks = []
+
+
+def lock(run: Path):
+    """Keeps other processes out of the run until `restored` ends, or this process does. Every rank must call. Raises
+    ValueError if another process is in it."""
+    free = True
+    if rank() == 0:
+        _locks.append(os.open(run, os.O_RDONLY))
+        try:
+            fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+    if not all(all_gather_json(free)):
+        raise ValueError(f"another process is training {run}; wait for it, or stop it")
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -126,10 +148,11 @@ def write(trainer, folder, earlier, weights, tensors):
         "state": trainer.state,
         "scores": trainer.scores,
         "algorithms": [algorithm.state_dict() for algorithm in trainer.algorithms],
-        "logs": {path.name: path.stat().st_size for path in trainer.run.glob("*.jsonl")},
-        "sizes": {str(path.relative_to(temporary)): path.stat().st_size for path in files_in(temporary)},
+        "logs": {name: size_of(trainer.run / name) for name in LOGS},
+        "config": sum_of(trainer.run / "config.json"),
+        "sums": {str(path.relative_to(temporary)): sum_of(path) for path in files_in(temporary)},
     }
-    write_json(training / "state.json", saved)
+    write_json(training / "state.json", {**saved, "sum": sum_of_json(saved)})
     final = folder / f"{int(earlier[-1].name.split('-')[0]) + 1 if earlier else 0:05d}-step{trainer.step}"
     os.replace(temporary, final)
     link = folder / "LAST.tmp"
@@ -144,6 +167,19 @@ def files_in(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def size_of(path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def sum_of(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sum_of_json(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def warn_of_unsaved_state(trainer):
     """Says once which attributes of a class of the user's own a resumed run would lose."""
     for algorithm, before in zip(trainer.algorithms, trainer.own_attributes, strict=False):
@@ -155,27 +191,47 @@ def warn_of_unsaved_state(trainer):
 
 
 def read(folder: Path) -> dict:
-    """The saved state, once every file has been found whole. Raises ValueError, naming the damaged file."""
+    """The saved state, if every file is as it was written: those of the checkpoint, the run's settings, and what was
+    logged before. Raises ValueError, naming the file that is not; OSError if one cannot be read."""
+    run, saved = folder.parent.parent, verify(folder)
+    if sum_of(run / "config.json") != saved["config"]:
+        raise ValueError(f"cannot resume {run}: its config.json has been changed; restore it")
+    for name, size in saved["logs"].items():
+        if size_of(run / name) < size:
+            raise ValueError(f"cannot resume {run}: {name} has less than the {size} bytes that were logged; restore it")
+    metrics = (run / "metrics.jsonl").read_bytes() if saved["logs"]["metrics.jsonl"] else b""
+    for number, line in enumerate(metrics[: saved["logs"]["metrics.jsonl"]].splitlines(), 1):
+        try:
+            json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"cannot resume {run}: line {number} of metrics.jsonl is damaged ({error})") from error
+    return saved
+
+
+def verify(folder: Path, model_only=False) -> dict:
+    """The contents of a checkpoint's state.json. Raises ValueError if it or another file of the checkpoint is not as it
+    was written. model_only: looks at the model's files only."""
     try:
         saved = json.loads((folder / "training" / "state.json").read_text())
-        for name, size in saved["sizes"].items():
-            found = (folder / name).stat().st_size if (folder / name).exists() else None
-            if found != size:
-                raise ValueError(f"{name} has {found} bytes, expected {size}")
-        for name, size in saved["logs"].items():
-            log_file = folder.parent.parent / name
-            if not 0 <= size <= (log_file.stat().st_size if log_file.exists() else 0):
-                raise ValueError(f"{name} is shorter than the {size} bytes that were logged before it")
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        if saved.pop("sum") != sum_of_json(saved):
+            raise ValueError("training/state.json has been changed")
+        for name, expected in saved["sums"].items():
+            if model_only and name.startswith("training/"):
+                continue
+            if not (folder / name).exists():
+                raise ValueError(f"{name} is missing")
+            if sum_of(folder / name) != expected:
+                raise ValueError(f"{name} has been changed")
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
         raise damaged(folder, error) from error
     return saved
 
 
 def damaged(folder, error) -> ValueError:
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return ValueError(
-        f"checkpoint {folder} is damaged ({reason}); remove that directory to continue from the one before"
-    )
+    others = [path.name for path in checkpoints(folder.parent.parent) if path.name < folder.resolve().name]
+    advice = f"remove that directory to continue from {others[-1]}" if others else "there is none before it"
+    return ValueError(f"checkpoint {folder} is damaged ({reason}); {advice}")
 
 
 def load(trainer, folder: Path, saved: dict):
@@ -206,15 +262,16 @@ def load(trainer, folder: Path, saved: dict):
                     algorithm.load_tensors(tensors)
             if trainer.trajectory_buffer is not None:
                 trainer.trajectory_buffer.load(training / "buffer.json")
-    except Exception as error:  # right sizes, wrong content: whatever the reader of that format raises
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise damaged(folder, error) from error
     if other:
         raise ValueError(
             f"cannot resume {trainer.run}: other parameters were trained in it, see {', '.join(other[:3])}"
         )
     if rank() == 0:  # what was logged after the checkpoint will be logged again
-        for path in trainer.run.glob("*.jsonl"):
-            os.truncate(path, saved["logs"].get(path.name, 0))
+        for name, size in saved["logs"].items():
+            if size_of(trainer.run / name) > size:
+                os.truncate(trainer.run / name, size)
 
 
 def other_parameters(parameters, moments) -> list[str]:

@@ -3,9 +3,12 @@
 Every other file works alike on one rank and on many.
 """
 
+import ctypes
 import datetime
 import json
 import os
+import signal
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +43,8 @@ def init_distributed() -> str:
     if device != "cpu":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
+        if sys.platform == "linux":  # a rank ends with its launcher, however that ends (PR_SET_PDEATHSIG)
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         # Ranks wait for the longest conversation of all, and for rank 0's checkpoints: hours, not minutes.
         dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=datetime.timedelta(hours=6))
     return device
@@ -67,7 +72,7 @@ def say(text):
 def write_text(path, text):
     """Writes aside and renames: a kill leaves the old file or the new one."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -22,6 +22,7 @@ from annotated_types import MinLen
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
+import checkpoint
 import distributed
 import oracle  # sets what litellm reads when it is imported
 import policy
@@ -266,6 +267,8 @@ def complete(args: Args) -> tuple[Args, dict, dict]:
         raise ValueError("name a model with --model_name_or_path, or runs with --compare")
     users.check(args.user)
     model = Path(args.model_name_or_path)
+    if (model / "training" / "state.json").is_file():
+        checkpoint.verify(model, model_only=True)
     run = model.resolve().parent.parent / "config.json"  # of the run that wrote this checkpoint
     config = json.loads(run.read_text()) if model.is_dir() and run.is_file() else {}
     chosen = config.get("eval_tasks", {}) if args.split is None and args.max_tasks is None else {}

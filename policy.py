@@ -7,6 +7,7 @@ at the wanted tokens only, in chunks that the backward pass computes again. No o
 import copy
 import json
 import logging
+import os
 import re
 import types
 from contextlib import contextmanager, nullcontext
@@ -38,6 +39,7 @@ transformers.utils.logging.disable_progress_bar()
 for library in ("transformers", "huggingface_hub"):
     logging.getLogger(library).setLevel(logging.ERROR)
 
+SMALL = 10_000_000  # parameters: a smaller model gains nothing from a second thread
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -158,6 +160,8 @@ def load_policy(
             model, tokenizer = _tiny(corpus, seed, attn_implementation)
         else:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+            for name in ("is_local", "local_files_only"):  # saved with it, they would say where it was loaded from
+                tokenizer.init_kwargs.pop(name, None)
             model = AutoModelForCausalLM.from_pretrained(
                 name_or_path,
                 dtype=kept,
@@ -189,6 +193,8 @@ def load_policy(
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     model.eval()
+    if device.type == "cpu" and model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # on a busy machine, threads that wait for each other are dozens of times slower
     model.compute_dtype = DTYPES[dtype]
     model.recompute_layers = gradient_checkpointing
     ChatFormat.of(tokenizer)
@@ -227,8 +233,10 @@ def _add_lora(model, rank, seed):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-    elif next(iter(model.peft_config.values())).r != rank:
-        raise ValueError(f"the saved adapter has rank {next(iter(model.peft_config.values())).r}, not {rank}")
+    [config] = model.peft_config.values()
+    if config.r != rank:
+        raise ValueError(f"the saved adapter has rank {config.r}, not {rank}")
+    config.inference_mode = False  # transformers loads an adapter for inference, and would save it so
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name)
         if p.requires_grad:

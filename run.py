@@ -122,13 +122,18 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
     config, folder = None, None
     if args.resume:
         run = Path(args.resume)
-        args, config = read_config(type(args), run)
+        given, (args, config) = args, read_config(type(args), run)
+        checkpoint.lock(run)
         folder = next(reversed(checkpoint.checkpoints(run)), None)  # a run killed before its first one begins again
         saved = checkpoint.read(folder) if folder else None
+        if folder is None and any(checkpoint.size_of(run / name) for name in checkpoint.LOGS):
+            raise ValueError(f"cannot resume {run}: it has logs, but no checkpoint; begin another run")
     tracking.check(args.tracker)
     if config and algorithm is None and ":" not in args.cl_algorithm and args.cl_algorithm not in algorithms:
         made = f"{run} was started from code with an instance of {args.cl_algorithm}"
         raise ValueError(f"{made}; continue it with train(Args(resume=...), algorithm=...)")
+    if config and algorithm is None and ":" in args.cl_algorithm:
+        check_own_code(given, args, config)
     if algorithm is None:  # before the tasks: the file of a user's class may register a domain
         algorithm = load_algorithm(args.cl_algorithm, algorithms, args)
     else:
@@ -170,6 +175,7 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
         rollout.check_opening(model, tokenizer, episode, *limits)
     if config is None:
         run = new_run(args, tasks, eval_tasks)
+        checkpoint.lock(run)
     if tiny_lora:  # an adapter's directory names its base, which must be a directory, too
         weights = policy.gathered_weights(model)
         if rank() == 0:
@@ -190,9 +196,6 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
     trainer.own_attributes = [own_attributes(a, args) for a in algorithms]
     if folder:
         checkpoint.load(trainer, folder, saved)
-    elif rank() == 0:
-        for path in run.glob("*.jsonl"):
-            path.unlink()
     announce(trainer)
     return trainer
 
@@ -259,6 +262,18 @@ def read_config(kind, run: Path):
     return settings, config
 
 
+def check_own_code(given, args, config):
+    """Raises ValueError unless the user of --resume names the code that the run's config.json names, and it is the
+    same: a run from elsewhere must not bring code along."""
+    if given.cl_algorithm != args.cl_algorithm:
+        raise ValueError(
+            f"{given.resume} runs code of its own; if you trust it, add --cl_algorithm {args.cl_algorithm}"
+        )
+    path = Path(args.cl_algorithm.rpartition(":")[0])
+    if path.is_file() and checkpoint.sum_of(path) != config["algorithm_sum"]:
+        raise ValueError(f"{path} has changed since {given.resume} was started (its sha256 is not algorithm_sum there)")
+
+
 def new_run(args, train_tasks, eval_tasks) -> Path:
     """Makes the run's directory with its settings. Raises ValueError if the directory exists."""
     algorithm_name = args.cl_algorithm.rpartition(":")[2]
@@ -270,6 +285,8 @@ def new_run(args, train_tasks, eval_tasks) -> Path:
     if rank() == 0:
         (run / "checkpoints").mkdir(parents=True)
         config = {**dataclasses.asdict(args), "run_name": name, "command": command_line()}
+        code = Path(args.cl_algorithm.rpartition(":")[0])
+        config["algorithm_sum"] = checkpoint.sum_of(code) if code.is_file() else None
         config.update(train_tasks=task_ids(train_tasks), eval_tasks=task_ids(eval_tasks))
         write_json(run / "config.json", config)
     distributed.barrier()

@@ -172,7 +172,7 @@ def parse_args(argv=None) -> Args:
     return Args(**given)
 
 
-@checkpoint.signals_restored()
+@checkpoint.restored()
 def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
     """Runs (or resumes) a training run and returns its summary, as written to summary.json. `algorithm`: an instance,
     in place of args.cl_algorithm.

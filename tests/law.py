@@ -251,11 +251,11 @@ def comparable(folder) -> tuple:
     lines = report.read_jsonl(folder / "trajectories.jsonl")
     trajectories = [{k: v for k, v in r.items() if k != "time"} for r in lines]
     last = folder / "checkpoints" / "LAST"
-    files = {str(p.relative_to(last)): p.read_bytes() for p in last.rglob("*") if p.suffix == ".safetensors"}
-    buffer = last / "training" / "buffer.json"
+    names = [path for path in checkpoint.files_in(last) if path.name != "state.json"]
+    files = {str(p.relative_to(last)): p.read_bytes().replace(str(folder).encode(), b"") for p in names}
     summary = (folder / "summary.json").read_text()
     statistics = json.loads(summary)["statistics"]
-    return metrics, trajectories, files, buffer.read_text() if buffer.exists() else "", statistics
+    return metrics, trajectories, files, statistics
 
 
 def assert_equal_runs(first, second):

@@ -1,15 +1,21 @@
 """checkpoint.py: stopped, killed, damaged and resumed runs."""
 
+import errno
+import fcntl
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from law import (
     ENV,
+    ROOT,
     SMALL,
     TWO_RANKS,
     assert_equal_runs,
@@ -25,11 +31,12 @@ from law import (
 from safetensors.torch import load_file
 
 import checkpoint
+import eval as evaluation
 import policy
 import report
 import train
 from checkpoint import Interrupted
-from train import Args, parse_args
+from train import parse_args
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +55,12 @@ def stopped_run(tmp_path, monkeypatch, *flags, step=2):
     return tmp_path / "stopped"
 
 
+def resume_flags(folder):
+    return ["--resume", str(folder), "--cl_algorithm", json.loads((folder / "config.json").read_text())["cl_algorithm"]]
+
+
 def resume(folder):
-    return train.train(Args(resume=str(folder)))
+    return train.train(parse_args(resume_flags(folder)))
 
 
 @pytest.mark.parametrize("number, step, code", [(signal.SIGINT, 1, 130), (signal.SIGTERM, 2, 143)])
@@ -60,7 +71,7 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(number, step, code, never
     [(found, _, shown)] = run_main(tmp_path / "shown", *flags, env=env)
     assert found == code and "saved; continue with --resume" in shown and "Traceback" not in shown
     assert not (tmp_path / "stopped" / "summary.json").exists()
-    train.train(parse_args(["--resume", str(tmp_path / "stopped")]))
+    resume(tmp_path / "stopped")
     assert_equal_runs(folder / "whole", tmp_path / "stopped")
 
 
@@ -91,7 +102,7 @@ def test_runs_killed_at_ten_random_moments_end_as_if_they_had_not_been(never_sto
     while kills < 10 or not finished:
         killed = tmp_path / f"killed{finished}"
         new = [*flags, "--runs_dir", str(tmp_path), "--run_name", killed.name]
-        [process] = start_main(tmp_path / "shown", *(["--resume", str(killed)] if killed.exists() else new))
+        [process] = start_main(tmp_path / "shown", *(resume_flags(killed) if killed.exists() else new))
         process.join(moments.uniform(0.1, 2.5) if kills < 10 else None)
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
@@ -192,7 +203,7 @@ def test_a_sharded_run_continues_on_another_number_of_ranks(tmp_path):
     assert {n: t.shape for n, t in held.items()} == {  # whole, not shards
         f"{kind}_0/{n}": t.shape for n, t in weights.items() for kind in ("anchor", "fisher")
     }
-    [(code, shown, errors)] = run_main(tmp_path / "shown", "--resume", str(tmp_path / "r"), "--shard")
+    [(code, shown, errors)] = run_main(tmp_path / "shown", *resume_flags(tmp_path / "r"), "--shard")
     assert code == 0, errors
     assert "resuming with 1 ranks a run of 2" in shown
     assert [r["global_step"] for r in steps_of(tmp_path / "r")] == [1, 2, 3, 4]
@@ -288,6 +299,97 @@ def test_a_damaged_file_of_a_checkpoint_is_named(damaged_run, monkeypatch, capsy
     assert "model.safetensors has" in refused(monkeypatch, capsys, "--resume", str(folder))
 
 
+def test_a_flipped_bit_is_noticed_wherever_it_is(damaged_run, monkeypatch, capsys):
+    folder, last = damaged_run
+    files = [*checkpoint.files_in(last), folder / "config.json", folder / "metrics.jsonl"]
+    assert len(files) >= 9
+    for path in files:
+        good = path.read_bytes()
+        spoilt = bytearray(good)
+        spoilt[spoilt.index(b'"') if path.name == "metrics.jsonl" else len(spoilt) // 2] ^= 1
+        path.write_bytes(spoilt)
+        shown = refused(monkeypatch, capsys, "--resume", str(folder))
+        assert path.name in shown or (path.name == "state.json" and "is damaged" in shown)
+        path.write_bytes(good)
+    resume(folder)
+
+
+def test_eval_refuses_changed_weights_and_ignores_what_it_does_not_read(damaged_run):
+    _, last = damaged_run
+    (last / "training" / "optimizer.safetensors").write_bytes(b"")
+    settings = {"model_name_or_path": str(last), "domains": ["airline"]}
+    assert evaluation.complete(evaluation.Args(**settings))[0].split == "train"
+    weights = bytearray((last / "model.safetensors").read_bytes())
+    weights[-5] ^= 16
+    (last / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"model\.safetensors has been changed"):
+        evaluation.complete(evaluation.Args(**settings))
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(damaged_run, monkeypatch, capsys):
+    folder, _ = damaged_run
+
+    def unreadable(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "sum_of", unreadable)
+    shown = refused(monkeypatch, capsys, "--resume", str(folder))
+    assert "Input/output error" in shown and "damaged" not in shown
+
+
+def test_the_only_checkpoint_is_not_to_be_removed(damaged_run, monkeypatch, capsys):
+    folder, last = damaged_run
+    shutil.rmtree(checkpoint.checkpoints(folder)[0])
+    (last / "model.safetensors").unlink()
+    assert "there is none before it" in refused(monkeypatch, capsys, "--resume", str(folder))
+    shutil.rmtree(last)
+    logged = (folder / "metrics.jsonl").read_bytes()
+    assert "logs, but no checkpoint" in refused(monkeypatch, capsys, "--resume", str(folder))
+    assert logged and (folder / "metrics.jsonl").read_bytes() == logged
+
+
+def test_a_resume_leaves_other_files_alone(damaged_run):
+    folder, _ = damaged_run
+    (folder / "notes.jsonl").write_text("mine\n")
+    resume(folder)
+    assert (folder / "notes.jsonl").read_text() == "mine\n"
+
+
+def test_only_one_process_trains_a_run(damaged_run, monkeypatch, capsys):
+    folder, _ = damaged_run
+    other = os.open(folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    assert "another process is training" in refused(monkeypatch, capsys, *resume_flags(folder))
+    os.close(other)
+    resume(folder)
+
+
+def test_a_resumed_run_brings_no_code_along(damaged_run, monkeypatch, capsys):
+    folder, _ = damaged_run
+    flags = resume_flags(folder)
+    assert "code of its own" in refused(monkeypatch, capsys, *flags[:2])
+    code = Path(flags[-1].rpartition(":")[0])
+    code.write_text(code.read_text() + "\n# changed\n")
+    assert "stopper.py has changed" in refused(monkeypatch, capsys, *flags)
+
+
+def test_ranks_end_with_their_launcher(tmp_path):
+    """Without time to stop them."""
+    flags = [*SMALL, "--num_steps_per_task", "1000", "--runs_dir", str(tmp_path), "--run_name", "r"]
+    command = [*TWO_RANKS, "train.py", *flags]
+    launcher = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "r" / "checkpoints" / "LAST").exists():
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    launcher.kill()
+    launcher.wait()
+    assert len(children) >= 2
+    for pid in children:
+        while Path(f"/proc/{pid}/cmdline").exists() and b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            time.sleep(0.1)  # a rank that trained on would do so for many minutes
+
+
 def test_the_checkpoint_before_a_damaged_one_serves(damaged_run, monkeypatch, capsys):
     folder, last = damaged_run
     (last / "training" / "state.json").write_text("{")
@@ -300,19 +402,17 @@ def test_the_checkpoint_before_a_damaged_one_serves(damaged_run, monkeypatch, ca
 def test_damaged_settings_are_named(damaged_run, monkeypatch, capsys):
     folder, _ = damaged_run
     config = json.loads((folder / "config.json").read_text())
-    for name, value in (("seed", "x"), ("num_iterations", 1.5), ("lora_rank", None), ("train_tasks", {})):
+    for name, value in (("seed", "x"), ("num_iterations", 1.5), ("lora_rank", None)):
         (folder / "config.json").write_text(json.dumps({**config, name: value}))
         assert name in refused(monkeypatch, capsys, "--resume", str(folder))
+    (folder / "config.json").write_text(json.dumps({**config, "seed": 1}))
+    assert "config.json has been changed" in refused(monkeypatch, capsys, "--resume", str(folder))
     (folder / "config.json").write_text("{")
     assert "config.json is damaged" in refused(monkeypatch, capsys, "--resume", str(folder))
 
 
 def test_a_run_resumed_with_other_trained_parameters_is_told_so(tmp_path, monkeypatch, capsys):
     folder = stopped_run(tmp_path, monkeypatch, *stopper(tmp_path), "--lora_rank", "2")
-    config = json.loads((folder / "config.json").read_text())
-    for rank, message in ((0, "lora_rank"), (3, "the saved adapter has rank 2, not 3")):
-        (folder / "config.json").write_text(json.dumps({**config, "lora_rank": rank}))
-        assert message in refused(monkeypatch, capsys, "--resume", str(folder))
     load = policy.load_policy
 
     def load_frozen(*args, **kwargs):
@@ -320,9 +420,8 @@ def test_a_run_resumed_with_other_trained_parameters_is_told_so(tmp_path, monkey
         next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)
         return model, tokenizer
 
-    (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(policy, "load_policy", load_frozen)
-    message = refused(monkeypatch, capsys, "--resume", str(folder))
+    message = refused(monkeypatch, capsys, *resume_flags(folder))
     assert "other parameters were trained" in message and "lora_A" in message
 
 

@@ -273,6 +273,21 @@ def test_distillation_is_the_kl_from_the_policy_as_it_was(teacher):
     assert policy.distillation_kl(model, *rows, frozen, states).item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("small, given, threads", [(10**7, None, 1), (10**7, "2", 2), (10**5, None, 2)])
+def test_a_small_model_takes_one_thread_unless_told_otherwise(small, given, threads, monkeypatch):
+    monkeypatch.setattr(policy, "SMALL", small)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        policy.load_policy("tiny", "float32", "cpu")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_weights_of_bfloat16_are_trained_as_such_and_need_to_be_computed_with(tmp_path):
     model, tokenizer = policy.load_policy("tiny", "bfloat16", "cpu", weights_dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
