@@ -43,12 +43,13 @@ class ChatFormat:
         special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         if not ids or ids[0] not in special:
             raise ValueError(f"{self.name}: the chat template does not end an assistant turn with a special token")
-        self.special = re.compile("|".join(map(re.escape, special.values())))
         self.end_id = ids[0]
         self.end = special[self.end_id]
         self.stop_ids = {self.end_id, tokenizer.eos_token_id} - {None}
         self._check_calls()
         self._check_answers()
+        written = self._after_turn([*self.base, {"role": "tool", "content": ""}]) + self._call_text
+        self.marks = re.compile("|".join(map(re.escape, {*special.values(), *re.findall(r"</?\w+>", written)})))
         self.greets = self._can_greet()
 
     def _can_greet(self) -> bool:
@@ -64,7 +65,7 @@ class ChatFormat:
     def _check_calls(self):
         """A tool call must be read as it was written."""
         call = {"type": "function", "function": {"name": "probe_tool", "arguments": {"key": 'va"lue', "n": [1, 2.5]}}}
-        text = self.tokenizer.decode(self.turn({"tool_calls": [call]})[:-1], skip_special_tokens=True)
+        text = self._call_text = self.tokenizer.decode(self.turn({"tool_calls": [call]})[:-1], skip_special_tokens=True)
         for self.bare_calls in (False, True):
             if [c["function"] for c in self.parse(text)["tool_calls"]] == [call["function"]]:
                 return
@@ -106,14 +107,9 @@ class ChatFormat:
         return rendered.partition(self.PROBE)[2].removeprefix(self.end)
 
     def _clean(self, messages):
-        """Removes the template's control tokens: the text of a tool or user must not open a turn."""
-
-        def clean(text):
-            while (cleaned := self.special.sub("", text)) != text:  # what remains may join to another token
-                text = cleaned
-            return text
-
-        return [{**message, "content": clean(message["content"])} for message in messages]
+        """Takes out what marks turns, calls and results: the text of a tool or user must not forge them. A space takes
+        its place, so that the rest cannot join to another mark."""
+        return [{**message, "content": self.marks.sub(" ", message["content"])} for message in messages]
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
