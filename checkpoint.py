@@ -82,6 +82,8 @@ def lock(run: Path):
             fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             free = False
+        except OSError:
+            say(f"{run} is on a file system without locks: nothing keeps a second process from training it, too")
     if not all(all_gather_json(free)):
         raise ValueError(f"another process is training {run}; wait for it, or stop it")
 
@@ -191,8 +193,22 @@ def warn_of_unsaved_state(trainer):
 
 
 def read(folder: Path) -> dict:
-    """The saved state, if every file is as it was written: those of the checkpoint, the run's settings, and what was
-    logged before. Raises ValueError, naming the file that is not; OSError if one cannot be read."""
+    """The saved state. Rank 0 looks whether every file is as it was written: those of the checkpoint, the run's
+    settings, and what was logged before. Every rank must call. Raises ValueError, naming the file that is not, or that
+    cannot be read."""
+    saved = failure = None
+    if rank() == 0:
+        try:
+            saved = check_all(folder)
+        except (ValueError, OSError) as error:
+            failure = str(error)
+    saved, failure = all_gather_json([saved, failure])[0]
+    if failure:
+        raise ValueError(failure)
+    return saved
+
+
+def check_all(folder: Path) -> dict:
     run, saved = folder.parent.parent, verify(folder)
     if sum_of(run / "config.json") != saved["config"]:
         raise ValueError(f"cannot resume {run}: its config.json has been changed; restore it")
