@@ -13,7 +13,8 @@ subclass of `GenerativeReplayCL`.
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Annotated
 
 import numpy as np
@@ -27,9 +28,8 @@ import distributed
 import policy
 from algorithm import CLAlgorithm
 from replay import Buffer, add, sample
-from vae import VAE, ConvVAE, TokenVAE, elbo_loss, frozen  # noqa: F401 (some are public names of this file)
+from vae import VAE, ConvVAE, TokenVAE, elbo_loss, frozen, make_generator  # noqa: F401 (some are for readers)
 
-WINDOW_MEMORY = 500  # windows of the current domain that the generator learns from
 VOCABULARY = 8192  # distinct tokens that the generator has room for
 LATENT_DIM = 32
 LEARNING_RATE = 2e-3  # of the generator
@@ -45,9 +45,16 @@ class Flags:
     window: Annotated[int, Field(ge=2)] = 256
     """tokens of a window. A window should include the message being answered"""
     window_batch: PositiveInt = 32
-    """generated windows per optimiser step"""
-    generator_updates: PositiveInt = 6
-    """updates of the generator after each GRPO step"""
+    """generated windows per optimiser step: the batch size of replay"""
+    memory_size: PositiveInt = 500
+    """windows of the current domain that are kept for the generator until the domain ends"""
+    generator_update_freq: PositiveFloat = 1 / 6
+    """GRPO steps per update of the generator; below 1, several updates a step. With 5, the embedded run forgets its
+    first domain entirely: the generator has three updates to learn a domain (docs/results.md)"""
+    generator_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """dropout of the generator. 0.1 made no measurable difference (docs/results.md)"""
+    generator_hidden_dims: list[PositiveInt] = field(default_factory=lambda: [256])
+    """units of the generator's hidden layers. A second one of 128 made no measurable difference (docs/results.md)"""
     generator_components: NonNegativeInt = 10
     """Gaussians of the prior that is fitted for each domain when one ends. 0: the prior is N(0, 1)"""
 
@@ -70,9 +77,8 @@ def distillation_loss(student_logits, teacher_logits, temperature=2.0) -> Tensor
 
     Logits are (B, classes); classes beyond the teacher's, which are new, have probability 0 in the target.
     """
-    target = F.softmax(teacher_logits / temperature, 1)
     new = student_logits.shape[1] - teacher_logits.shape[1]
-    target = F.pad(target, (0, new))
+    target = F.pad(F.softmax(teacher_logits / temperature, 1), (0, new))
     return -(target * F.log_softmax(student_logits / temperature, 1)).sum(1).mean() * temperature**2
 
 
@@ -83,34 +89,44 @@ class Rehearsal:
     """A generator that learns one task after another: the current one from a reservoir of its samples, all earlier ones
     from its own frozen copy. At a task's end the reservoir is emptied.
 
-    generator: see `VAE`; memory_size: samples in the reservoir; rng: of the draws from it.
+    generator: see `VAE`; memory_size: samples in the reservoir; rng: of the draws from it. A condition is any integer,
+    such as the sample's class. task_balanced: generate the conditions in equal numbers; False: draw them at random.
     """
 
-    def __init__(self, generator, memory_size=500, learning_rate=1e-3, rng=None):
-        self.generator, self.learning_rate = generator, learning_rate
-        self.generator_optimizers = generator.optimizers(learning_rate)
+    def __init__(self, generator, memory_size=500, learning_rate=1e-3, rng=None, task_balanced=True):
+        self.generator, self.learning_rate, self.task_balanced = generator, learning_rate, task_balanced
+        self.generator_optimizer = generator.optimizer(learning_rate)
         self.memory = Buffer(memory_size)
         self.old_generator = None  # frozen at the end of the previous task
-        self.conditions, self.old_conditions = [], []  # seen so far, and seen at that end; in order
+        self.conditions, self.old_conditions = [], []  # seen so far, and seen at that end; in order of appearance
         self.tasks_done = 0
         self.rng = rng or np.random.default_rng(0)
 
     def offer(self, x, condition=None):
-        """Offers a sample of the current task to the memory."""
-        if condition is not None:
-            self.conditions = sorted({*self.conditions, condition})
+        """Offers a sample of the current task to the memory. Raises ValueError for one condition too many."""
+        if condition is not None and condition not in self.conditions:
+            room = self.generator.num_conditions
+            if len(self.conditions) == room > 0:
+                raise ValueError(f"the generator has {room} conditions, {self.conditions}: no room for {condition}")
+            self.conditions.append(int(condition))
         add(self.memory, (x, condition), rng=self.rng)
 
+    def rows(self, condition) -> Tensor | None:
+        """The generator's numbers of conditions (B,), from 0 in the order of their first appearance."""
+        if condition is None:
+            return None
+        return torch.tensor([self.conditions.index(c) for c in condition.tolist()], device=condition.device)
+
     def generated(self, number) -> tuple[Tensor, Tensor | None]:
-        """(x, condition) from the generator of the previous task, with the conditions seen so far in equal numbers.
-        Raises ValueError before any task has ended."""
+        """(x, condition) from the generator of the previous task. Raises ValueError before any task has ended."""
         if self.old_generator is None:
             raise ValueError("there is nothing to replay before the first task has ended")
         condition = None
         if self.old_generator.num_conditions:
-            order = self.rng.permutation(self.old_conditions)
+            seen = self.old_conditions
+            order = self.rng.permutation(seen) if self.task_balanced else self.rng.choice(seen, number)
             condition = torch.tensor(np.resize(order, number), device=self.device)
-        return self.old_generator.generate(number, condition=condition), condition
+        return self.old_generator.generate(number, condition=self.rows(condition)), condition
 
     def remembered(self, number):
         """(x, condition) of the current task, from the memory. Raises ValueError if it is empty."""
@@ -129,7 +145,8 @@ class Rehearsal:
         parts = [(current, *self.remembered(number))]
         if self.tasks_done > 0:
             parts.append((old, *(replayed or self.generated(number))))
-        return self.generator.learn(self.generator_optimizers, parts)
+        parts = [(weight, x, self.rows(condition)) for weight, x, condition in parts]
+        return self.generator.learn(self.generator_optimizer, parts)
 
     def learnt(self, size=64):
         """Batches (x, condition) of everything that the generator has learnt: the memory, and as many generated samples
@@ -145,9 +162,9 @@ class Rehearsal:
         may hold single samples. A task without samples does not count."""
         if not self.memory.items:
             return
-        self.generator.fit_prior(self.learnt())
+        self.generator.fit_prior((x, self.rows(condition)) for x, condition in self.learnt())
         self.generator.zero_grad(set_to_none=True)
-        self.generator_optimizers = self.generator.optimizers(self.learning_rate)
+        self.generator_optimizer = self.generator.optimizer(self.learning_rate)
         self.old_conditions = list(self.conditions)
         self.old_generator = frozen(self.generator)
         self.memory = Buffer(self.memory.capacity)
@@ -158,15 +175,15 @@ class Rehearsal:
         return next(self.generator.parameters()).device
 
     def to(self, device):
-        """Moves both generators and the optimisers' moments; the memory stays on the CPU."""
+        """Moves both generators and the optimiser's moments; the memory stays on the CPU."""
         if device == self.device:
             return
         self.generator.to(device)
         if self.old_generator is not None:
             self.old_generator.to(device)
-        before, self.generator_optimizers = self.generator_optimizers, self.generator.optimizers(self.learning_rate)
-        for old, new in zip(before, self.generator_optimizers, strict=True):
-            new.load_state_dict(old.state_dict())  # moves the moments to the parameters' device
+        state = self.generator_optimizer.state_dict()
+        self.generator_optimizer = self.generator.optimizer(self.learning_rate)
+        self.generator_optimizer.load_state_dict(state)  # moves the moments to the parameters' device
 
     def state_dict(self) -> dict:
         """A resumed run needs this, as JSON, and `tensors`."""
@@ -180,18 +197,17 @@ class Rehearsal:
         self.memory.seen = state["seen"]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Both generators, the optimisers' moments and the memory (whose conditions are integers), on the CPU."""
-        found = {f"generator.{name}": value for name, value in self.generator.state_dict().items()}
+        """Both generators, the optimiser's moments and the memory (whose conditions are integers), on the CPU."""
+        parts = {"generator": self.generator.state_dict()}
         if self.old_generator is not None:
-            found.update({f"old_generator.{name}": value for name, value in self.old_generator.state_dict().items()})
-        for k, optimizer in enumerate(self.generator_optimizers):
-            for i, moments in optimizer.state_dict()["state"].items():
-                found.update({f"optimizer.{k}.{i}.{name}": value for name, value in moments.items()})
+            parts["old_generator"] = self.old_generator.state_dict()
+        for i, moments in self.generator_optimizer.state_dict()["state"].items():
+            parts[f"optimizer.{i}"] = moments
         if self.memory.items:
             x, conditions = zip(*self.memory.items, strict=True)
-            found.update({"memory.x": torch.stack(x), "memory.condition": torch.tensor(conditions)})
-            found["memory.order"] = torch.tensor(self.memory.order)
-        return {name: value.cpu().contiguous() for name, value in found.items()}
+            order = torch.tensor(self.memory.order)
+            parts["memory"] = {"x": torch.stack(x), "condition": torch.tensor(conditions), "order": order}
+        return {f"{k}.{name}": t.cpu().contiguous() for k, part in parts.items() for name, t in part.items()}
 
     def load_tensors(self, found):
         """The inverse of `tensors`, after `load_state_dict`. Raises KeyError or RuntimeError for missing tensors."""
@@ -203,17 +219,15 @@ class Rehearsal:
         if self.tasks_done > 0:
             self.old_generator = frozen(self.generator)
             self.old_generator.load_state_dict(part("old_generator."))
-        for k, optimizer in enumerate(self.generator_optimizers):
-            saved = optimizer.state_dict()
-            for key, value in part(f"optimizer.{k}.").items():
-                i, name = key.split(".")
-                saved["state"].setdefault(int(i), {})[name] = value
-            optimizer.load_state_dict(saved)
+        saved = self.generator_optimizer.state_dict()
+        for key, value in part("optimizer.").items():
+            i, name = key.split(".")
+            saved["state"].setdefault(int(i), {})[name] = value
+        self.generator_optimizer.load_state_dict(saved)
         if self.memory.seen > 0:
-            x, order = found["memory.x"], found["memory.order"].tolist()
-            rows = list(zip(x, found["memory.condition"].tolist(), strict=True))
-            rest = ([None] * len(x), [0.0] * len(x), [0.0] * len(x), order)
-            self.memory = Buffer(self.memory.capacity, rows, *rest, self.memory.seen)
+            items = list(zip(found["memory.x"], found["memory.condition"].tolist(), strict=True))
+            rest = ([None] * len(items), [0.0] * len(items), [0.0] * len(items), found["memory.order"].tolist())
+            self.memory = Buffer(self.memory.capacity, items, *rest, self.memory.seen)
 
 
 # -------------------------------------------------------------------------------------------------------- the agent
@@ -241,19 +255,22 @@ class GenerativeReplayCL(CLAlgorithm):
         with distributed.seeded("cpu", self.seed, 0):
             generator = self.make_generator()
         rng = np.random.default_rng([self.seed, 2])
-        self.rehearsal = Rehearsal(generator, WINDOW_MEMORY, LEARNING_RATE, rng)
+        self.rehearsal = Rehearsal(generator, self.flags.memory_size, LEARNING_RATE, rng)
         self.symbols = [0]  # the meaning of the generator's numbers: 2 * token + sampled; the first is the end
         self.numbers = {}  # the inverse
         self.teacher = None  # the policy at the end of the previous domain (policy.snapshot)
         self.draws = 0  # batches generated and taught so far: the position of the random numbers
+        self.steps = 0  # of GRPO, so far
         self.generated = dict.fromkeys(task_order, 0)  # windows of each domain
-        self.history = {}  # by domain trained: sums and counts of statistics, and the bytes that were dropped
+        self.history = {}  # sum and count of each statistic, by name and the domain that was trained
+        self.bytes_dropped = 0  # of windows, at the ends of their domains
 
     def make_generator(self):
         """A generator with the methods of TokenVAE, and the domain as condition."""
-        flags, domains = self.flags, len(self.order)
-        sizes = {"latent_dim": LATENT_DIM, "num_conditions": domains, "components": flags.generator_components}
-        return TokenVAE(VOCABULARY, flags.window, **sizes)
+        flags = self.flags
+        layers = {"hidden_dims": flags.generator_hidden_dims, "dropout": flags.generator_dropout}
+        conditions = {"num_conditions": len(self.order), "components": flags.generator_components}
+        return TokenVAE(VOCABULARY, flags.window, latent_dim=LATENT_DIM, **layers, **conditions)
 
     def seeded(self, *purpose):
         """Random numbers of one draw, the same on every rank (or not, with the rank among `purpose`)."""
@@ -285,6 +302,9 @@ class GenerativeReplayCL(CLAlgorithm):
     def post_step_hook(self, trainer, domain):
         """Offers the step's conversations to the memory and teaches the generator."""
         self.rehearsal.to(trainer.model.device)
+        rate = Fraction(1 / self.flags.generator_update_freq).limit_denominator(10**6)  # a float 0.3 is not 3/10
+        updates = math.floor((self.steps + 1) * rate) - math.floor(self.steps * rate)
+        self.steps += 1
         conversations = [
             [2 * token + (turn >= 0) for token, turn in zip(t.token_ids, t.turns, strict=True)]
             for t in trainer.trajectories
@@ -300,14 +320,14 @@ class GenerativeReplayCL(CLAlgorithm):
             return
         self.draws += 1
         with self.seeded(2, self.draws):
-            for _ in range(self.flags.generator_updates):
+            for _ in range(updates):
                 self.count(domain, "generator loss", self.rehearsal.teach_generator(BATCH))
 
     def post_task_hook(self, trainer, domain):
         """The end of the domain: only the generator and the frozen policy are kept."""
         self.rehearsal.to(trainer.model.device)
         raw = [window for window, _ in self.rehearsal.memory.items]
-        self.history.setdefault(domain, {})["raw bytes"] = sum(4 * int((window != 0).sum()) for window in raw)
+        self.bytes_dropped += sum(4 * int((window != 0).sum()) for window in raw)
         self.draws += 1
         with self.seeded(3, self.draws):
             self.rehearsal.end_task()
@@ -324,8 +344,8 @@ class GenerativeReplayCL(CLAlgorithm):
 
     def samples(self, condition, number, *purpose) -> Tensor:
         with self.seeded(*purpose):
-            conditions = torch.full((number,), condition, device=self.rehearsal.device)
-            return self.rehearsal.old_generator.generate(number, condition=conditions)
+            rows = self.rehearsal.rows(torch.full((number,), condition, device=self.rehearsal.device))
+            return self.rehearsal.old_generator.generate(number, condition=rows)
 
     def likeness(self, raw, domain, number=100) -> float:
         """The mean share of a generated window's tokens that the most similar real window (of `raw`) has at the same
@@ -338,11 +358,10 @@ class GenerativeReplayCL(CLAlgorithm):
         """Generated windows, `number` of each domain that has ended; << >> marks what the policy is to sample."""
         shown = []
         for k in self.rehearsal.old_conditions:
-            windows = self.samples(k, number, 4, k)
-            for ids, mask, sampled in zip(*(part.tolist() for part in self.as_tokens(windows)), strict=True):
-                counted = list(zip(ids, sampled, strict=True))[: sum(mask)]
-                pieces = itertools.groupby(counted, key=lambda pair: pair[1])
-                texts = ((acts, tokenizer.decode([token for token, _ in piece])) for acts, piece in pieces)
+            for window in self.samples(k, number, 4, k).tolist():
+                symbols = [self.symbols[place] for place in itertools.takewhile(bool, window)]
+                pieces = itertools.groupby(symbols, key=lambda symbol: symbol % 2)
+                texts = ((acts, tokenizer.decode([symbol // 2 for symbol in piece])) for acts, piece in pieces)
                 shown.append(f"[{self.order[k]}] " + "".join(f"<<{text}>>" if acts else text for acts, text in texts))
         return "\n\n".join(shown) + "\n"
 
@@ -376,18 +395,13 @@ class GenerativeReplayCL(CLAlgorithm):
 
     def count(self, domain, name, value):
         """Adds to the running mean `name` of a domain's training."""
-        total = self.history.setdefault(domain, {}).setdefault(name, [0.0, 0])
+        total = self.history.setdefault(name, {}).setdefault(domain, [0.0, 0])
         total[0] += value
         total[1] += 1
 
     def get_statistics(self):
-        means = {}  # by name and the domain that was trained
-        for domain, found in self.history.items():
-            for name, value in found.items():
-                if name != "raw bytes":
-                    means.setdefault(name, {})[domain] = round(value[0] / value[1], 4)
-        dropped = sum(found.get("raw bytes", 0) for found in self.history.values())
-        return {"windows generated": dict(self.generated), **means, "bytes of the windows dropped": dropped}
+        means = {name: {d: round(total / n, 4) for d, (total, n) in by.items()} for name, by in self.history.items()}
+        return {"windows generated": dict(self.generated), **means, "bytes of the windows dropped": self.bytes_dropped}
 
     def bytes_kept(self):
         """Bytes of the generator and the frozen policy."""
@@ -396,7 +410,7 @@ class GenerativeReplayCL(CLAlgorithm):
         return sum(t.nbytes for t in tensors)
 
     def state_dict(self):
-        mine = ("symbols", "draws", "generated", "history")
+        mine = ("symbols", "draws", "steps", "generated", "history", "bytes_dropped")
         return {"rehearsal": self.rehearsal.state_dict(), **{name: getattr(self, name) for name in mine}}
 
     def load_state_dict(self, state):

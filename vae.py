@@ -1,13 +1,13 @@
 """Variational autoencoders for generative replay: of vectors, of images, of windows of tokens.
 
-A generator has: generate(num_samples, condition=...), loss(x, condition), optimizers(learning_rate),
-learn(optimizers, parts), fit_prior(batches), and num_conditions.
+A generator has: generate(num_samples, condition=...), loss(x, condition), optimizer(learning_rate),
+learn(optimizer, parts), fit_prior(batches), and num_conditions.
 """
 
 import copy
 import math
 import warnings
-from contextlib import contextmanager
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -21,7 +21,10 @@ def elbo_loss(x, reconstruction, mu, logvar) -> Tensor:
 
     x, reconstruction: (B, ...) in [0, 1]; mu, logvar: (B, latent). Raises ValueError for inputs outside [0, 1] or NaN.
     """
-    check_inputs(x, reconstruction.shape[1:])
+    check_shape(x, reconstruction.shape[1:])
+    wrong = x[~((x >= 0) & (x <= 1))]  # NaN is, too
+    if len(wrong):
+        raise ValueError(f"inputs must be in [0, 1], got {wrong[0].item()}")
     reconstruction_loss = F.binary_cross_entropy(reconstruction, x, reduction="sum")
     return (reconstruction_loss + latent_kl(mu, logvar)) / len(x)
 
@@ -36,32 +39,11 @@ def check_shape(x, shape):
         raise ValueError(f"inputs must have the shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
 
 
-def check_inputs(x, shape):
-    """Raises ValueError if x is not a batch (N, *shape) of values in [0, 1]; NaN is not in it."""
-    check_shape(x, shape)
-    if not (x.min() >= 0 and x.max() <= 1):  # false for NaN, too
-        found = x.flatten()[~((x.flatten() >= 0) & (x.flatten() <= 1))][0].item()
-        raise ValueError(f"inputs must be in [0, 1], got {found}")
-
-
-def one_hot(condition, num_conditions, like) -> Tensor:
-    """(B, num_conditions); (B, 0) without conditions."""
-    if not num_conditions:
-        return like.new_zeros(len(like), 0)
-    if condition is None:
-        raise ValueError(f"this generator has {num_conditions} conditions: name one for each sample")
-    return F.one_hot(condition, num_conditions).to(like)
-
-
-@contextmanager
-def evaluating(model):
-    """Inside, dropout is off."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+def check_numbers(name, values, count):
+    """Raises ValueError if one of the integers `values` is not in 0 .. count - 1."""
+    wrong = values[(values < 0) | (values >= count)]
+    if len(wrong):
+        raise ValueError(f"{name} must be in 0 .. {count - 1}, got {wrong[0].item()}")
 
 
 def gaussian_mixture(z, components) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,6 +64,11 @@ def gaussian_mixture(z, components) -> tuple[Tensor, Tensor, Tensor]:
     return empty
 
 
+def mlp(widths, dropout) -> nn.Sequential:
+    layers = ((nn.Linear(m, n), nn.ReLU(), nn.Dropout(dropout)) for m, n in pairwise(widths))
+    return nn.Sequential(*chain.from_iterable(layers))
+
+
 class VAE(nn.Module):
     """A variational autoencoder of inputs in [0, 1] (Kingma and Welling 2014). num_conditions: it also reads the
     condition of a sample, such as its class or domain (Sohn et al. 2015); 0: none. components: Gaussians per condition
@@ -91,17 +78,11 @@ class VAE(nn.Module):
         super().__init__()
         self._set_latent(latent_dim, num_conditions, components)
         self.shape = (input_dim,)
-        width, layers = input_dim + num_conditions, []
-        for hidden in hidden_dims:
-            layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
-            width = hidden
-        self.encoder = nn.Sequential(*layers)
-        self.mu, self.logvar = nn.Linear(width, latent_dim), nn.Linear(width, latent_dim)
-        width, layers = latent_dim + num_conditions, []
-        for hidden in reversed(hidden_dims):
-            layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
-            width = hidden
-        self.decoder = nn.Sequential(*layers, nn.Linear(width, input_dim))
+        widths = [input_dim + num_conditions, *hidden_dims]
+        self.encoder = mlp(widths, dropout)
+        self.mu, self.logvar = nn.Linear(widths[-1], latent_dim), nn.Linear(widths[-1], latent_dim)
+        widths = [latent_dim + num_conditions, *reversed(hidden_dims)]
+        self.decoder = nn.Sequential(*mlp(widths, dropout), nn.Linear(widths[-1], input_dim))
 
     def _set_latent(self, latent_dim, num_conditions, components):
         if latent_dim < 1:
@@ -112,12 +93,28 @@ class VAE(nn.Module):
         self.register_buffer("prior_mean", torch.zeros(rows, columns, latent_dim))
         self.register_buffer("prior_std", torch.ones(rows, columns, latent_dim))
 
+    def rows(self, condition, number) -> Tensor:
+        """The row of the prior for each of `number` samples: its condition, or 0 of a generator without conditions.
+        Raises ValueError if there is none."""
+        if not self.num_conditions:
+            return torch.zeros(number, dtype=torch.long, device=self.mu.weight.device)
+        if condition is None:
+            raise ValueError(f"this generator has {self.num_conditions} conditions: name one for each sample")
+        check_numbers("conditions", condition, self.num_conditions)
+        return condition
+
+    def joined(self, h, condition) -> Tensor:
+        """h (B, d) and the condition, one-hot, side by side."""
+        if not self.num_conditions:
+            return h
+        return torch.cat([h, F.one_hot(self.rows(condition, len(h)), self.num_conditions).to(h)], 1)
+
     def encode(self, x, condition=None) -> tuple[Tensor, Tensor]:
-        h = self.encoder(torch.cat([x, one_hot(condition, self.num_conditions, x)], 1))
+        h = self.encoder(self.joined(x, condition))
         return self.mu(h), self.logvar(h)
 
     def decode(self, z, condition=None) -> Tensor:
-        return torch.sigmoid(self.decoder(torch.cat([z, one_hot(condition, self.num_conditions, z)], 1)))
+        return torch.sigmoid(self.decoder(self.joined(z, condition)))
 
     def latent(self, x, condition=None):
         """(z, mu, logvar) of x (B, input_dim), condition (B,) of integers: one draw of z by reparametrisation,
@@ -134,14 +131,11 @@ class VAE(nn.Module):
     @torch.no_grad()
     def generate(self, num_samples, device=None, condition=None) -> Tensor:
         """Samples of the prior, decoded to their means, (num_samples, input_dim); without dropout."""
-        device = device or self.mu.weight.device
-        noise = torch.randn(num_samples, self.latent_dim, device=device)
-        row = condition if self.num_conditions else torch.zeros(num_samples, dtype=torch.long, device=device)
-        if row is None:
-            raise ValueError(f"this generator has {self.num_conditions} conditions: name one for each sample")
+        noise = torch.randn(num_samples, self.latent_dim, device=device or self.mu.weight.device)
+        row = self.rows(condition, num_samples)
         chosen = self.prior_weight[row].multinomial(1)[:, 0]
-        with evaluating(self):
-            return self.decode(self.prior_mean[row, chosen] + self.prior_std[row, chosen] * noise, condition)
+        model = frozen(self) if self.training else self
+        return model.decode(self.prior_mean[row, chosen] + self.prior_std[row, chosen] * noise, condition)
 
     @torch.no_grad()
     def fit_prior(self, batches):
@@ -150,10 +144,9 @@ class VAE(nn.Module):
         briefly decodes latents of real samples well, and latents between them badly."""
         if not self.components:
             return
-        with evaluating(self):
-            latents, conditions = zip(*((self.latent(*batch)[0], batch[1]) for batch in batches), strict=True)
-        z = torch.cat(latents)
-        rows = torch.cat(conditions) if self.num_conditions else torch.zeros(len(z), dtype=torch.long)
+        model = frozen(self)
+        parts = [(model.latent(x, condition)[0], self.rows(condition, len(x))) for x, condition in batches]
+        z, rows = (torch.cat(part) for part in zip(*parts, strict=True))
         for row in rows.unique():
             prior = gaussian_mixture(z[rows == row], self.components)
             self.prior_weight[row], self.prior_mean[row], self.prior_std[row] = prior
@@ -161,15 +154,15 @@ class VAE(nn.Module):
     def loss(self, x, condition=None) -> Tensor:
         return elbo_loss(x, *self(x, condition))
 
-    def optimizers(self, learning_rate) -> list:
-        return [torch.optim.Adam(self.parameters(), learning_rate, fused=True)]
+    def optimizer(self, learning_rate):
+        return torch.optim.Adam(self.parameters(), learning_rate, fused=True)
 
-    def learn(self, optimizers, parts) -> float:
+    def learn(self, optimizer, parts) -> float:
         """One update on `parts`: (weight, x, condition) of the current and of the generated batch. Returns the loss."""
         loss = sum(weight * self.loss(x, condition) for weight, x, condition in parts)
-        optimizers[0].zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimizers[0].step()
+        optimizer.step()
         return loss.item()
 
 
@@ -187,40 +180,27 @@ class ConvVAE(VAE):
         self.shape = (math.prod(image_shape),)
         small = (second, height // 4, width // 4)
         down = {"kernel_size": 4, "stride": 2, "padding": 1}
-        self.encoder = nn.Sequential(
-            nn.Unflatten(1, image_shape),
-            nn.Conv2d(depth, first, **down),
-            nn.ReLU(),
-            nn.Conv2d(first, second, **down),
-            nn.ReLU(),
-            nn.Flatten(),
-        )
+        layers = [nn.Unflatten(1, image_shape), nn.Conv2d(depth, first, **down), nn.ReLU()]
+        self.encoder = nn.Sequential(*layers, nn.Conv2d(first, second, **down), nn.ReLU(), nn.Flatten())
         features = math.prod(small) + num_conditions
         self.mu, self.logvar = nn.Linear(features, latent_dim), nn.Linear(features, latent_dim)
-        self.decoder = nn.Sequential(
-            nn.Linear(latent_dim + num_conditions, math.prod(small)),
-            nn.ReLU(),
-            nn.Unflatten(1, small),
-            nn.ConvTranspose2d(second, first, **down),
-            nn.ReLU(),
-            nn.ConvTranspose2d(first, depth, **down),
-            nn.Flatten(),
-        )
+        layers = [nn.Linear(latent_dim + num_conditions, math.prod(small)), nn.ReLU(), nn.Unflatten(1, small)]
+        layers += [nn.ConvTranspose2d(second, first, **down), nn.ReLU(), nn.ConvTranspose2d(first, depth, **down)]
+        self.decoder = nn.Sequential(*layers, nn.Flatten())
 
     def encode(self, x, condition=None):
-        h = torch.cat([self.encoder(x), one_hot(condition, self.num_conditions, x)], 1)
+        h = self.joined(self.encoder(x), condition)
         return self.mu(h), self.logvar(h)
 
 
 class TokenVAE(VAE):
     """A VAE of windows of tokens: the embeddings of a window side by side, an MLP, and a distribution over all tokens
     at each place, by the same embeddings. The caller numbers the tokens from 1 to `vocabulary` - 1, so that size and
-    time do not depend on the policy's vocabulary; 0 ends a window. Only the first `used` numbers can be generated."""
+    time do not depend on the policy's vocabulary; 0 ends a window. Only the first `used` numbers can be generated.
+    conditions: num_conditions and components, see `VAE`."""
 
-    def __init__(
-        self, vocabulary, window=32, width=32, hidden_dims=(256,), latent_dim=32, num_conditions=0, components=0
-    ):
-        super().__init__(window * width, hidden_dims, latent_dim, 0.0, num_conditions, components)
+    def __init__(self, vocabulary, window=32, width=32, hidden_dims=(256,), latent_dim=32, dropout=0.0, **conditions):
+        super().__init__(window * width, hidden_dims, latent_dim, dropout, **conditions)
         self.shape = (window,)
         self.embedding = nn.Embedding(vocabulary, width)
         self.register_buffer("used", torch.tensor(1))
@@ -230,8 +210,7 @@ class TokenVAE(VAE):
 
     def states(self, z, condition=None) -> Tensor:
         """Hidden states (B, window, width), one for each token."""
-        h = self.decoder(torch.cat([z, one_hot(condition, self.num_conditions, z)], 1))
-        return h.unflatten(1, (self.shape[0], -1))
+        return self.decoder(self.joined(z, condition)).unflatten(1, (self.shape[0], -1))
 
     def logits(self, states) -> Tensor:
         return states @ self.embedding.weight[: self.used].T
@@ -253,6 +232,16 @@ class TokenVAE(VAE):
         logits = self.logits(self.states(z, condition)[counts])
         cross_entropy = F.cross_entropy(logits, x[counts], reduction="sum")
         return (cross_entropy + latent_kl(mu, logvar)) / len(x)
+
+
+def make_generator(name, shape, **settings) -> VAE:
+    """The generator "vae" or "conv_vae" of samples of `shape`, such as (channels, height, width), which it takes flat.
+    settings: see its class."""
+    if name == "vae":
+        return VAE(math.prod(shape), **settings)
+    if name == "conv_vae":
+        return ConvVAE(shape, **settings)
+    raise ValueError(f"unknown generator {name!r}; choose vae or conv_vae")
 
 
 def frozen(model):
