@@ -1,8 +1,6 @@
 """experiments/channels.py: channels, noise and NMSE against their definitions, and what each arm does with its buffer.
 experiments/runner.py: results are resumed, damaged ones named, and no process is left behind."""
 
-import contextlib
-import functools
 import json
 import os
 import shutil
@@ -11,22 +9,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import replay
 from distributed import checked
 from experiments import channels, runner
-from experiments.channels import SCENARIOS, Args, augment, generate_channels, nmse
+from experiments.channels import BUFFERS, SCENARIOS, ChannelPredictor, augment, generate_channels, nmse
 
 ROOT = Path(__file__).resolve().parent.parent
 S1, S2, S3 = SCENARIOS
+SMALL = {"users": 10, "past": 3, "epochs": 2, "hidden": 8, "layers": 1, "capacity": 20, "batch_size": 48}
+FEW = ["naive", "reservoir", "lars", "joint", *(f"only {name}" for name in SCENARIOS)]
 
 
 def small(tmp_path, **changes):
-    settings = {"users": 10, "past": 3, "epochs": 2, "hidden": 8, "layers": 1, "capacity": 20, "batch_size": 48}
-    return Args(output=str(tmp_path), **{**settings, **changes})
+    return channels.Args(output=str(tmp_path), **{**SMALL, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +46,13 @@ def clean():
     return {name: generate_channels(scenario, 40, 12, 0) for name, scenario in SCENARIOS.items()}
 
 
-def test_channels_have_their_shape_and_mean_power_1(clean):
+def test_channels_have_mean_power_1_and_change_with_the_distance_that_a_user_moves(clean):
+    """A step is a fifteenth of the wavelength: alike after one step, unlike after seven."""
     for h in clean.values():
         assert h.shape == (40, 12, channels.RESOURCE_BLOCKS, channels.RX * channels.TX)
         assert (np.abs(h) ** 2).mean((1, 2, 3)) == pytest.approx(1, rel=1e-4)
+        error = [np.mean(np.abs(h[:, lag:] - h[:, :-lag]) ** 2) for lag in (1, 7)]
+        assert error[0] < 0.15 and error[1] > 0.5
 
 
 def test_antennas_see_different_fields_without_a_line_of_sight(clean):
@@ -57,15 +63,7 @@ def test_antennas_see_different_fields_without_a_line_of_sight(clean):
         power = np.abs(h[..., :-1] ** 2).mean((1, 2, 3, 4))
         return (np.abs((h[..., 1:] * h[..., :-1].conj()).mean((1, 2, 3, 4))) / power).mean()
 
-    assert neighbours(clean[S1]) + 0.1 < neighbours(clean[S3])
-    assert neighbours(clean[S1]) + 0.1 < neighbours(clean[S2])
-
-
-def test_channels_change_with_the_distance_that_a_user_moves(clean):
-    """A step is a fifteenth of the wavelength: alike after one step, unlike after seven."""
-    for h in clean.values():
-        error = [np.mean(np.abs(h[:, lag:] - h[:, :-lag]) ** 2) for lag in (1, 7)]
-        assert error[0] < 0.15 and error[1] > 0.5
+    assert neighbours(clean[S1]) + 0.1 < min(neighbours(clean[S2]), neighbours(clean[S3]))
 
 
 def test_channels_are_seeded():
@@ -101,33 +99,19 @@ def test_nmse_is_the_definition():
     assert nmse(torch.from_numpy(a), torch.from_numpy(b)).tolist() == pytest.approx(expected)
 
 
-@pytest.fixture
-def windows():
-    """Of growing power."""
-    windows = torch.randn(400, 9, 16, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
-    return windows * torch.linspace(1, 3, 400)[:, None, None]
-
-
-def split(windows, noisy, target):
-    """(phase of each window, noise) of an augmented batch."""
-    phase = (target / windows[:, -1])[:, :1]
-    return phase, noisy - windows[:, :-1] * phase[:, None]
-
-
-def test_noise_and_phase_are_drawn_anew_and_the_windows_stay_clean(windows):
-    generator, kept = torch.Generator().manual_seed(1), windows.clone()
-    noisy, target = augment(windows, generator, snr=10.0)
-    again, other = augment(windows, generator, snr=10.0)
+@pytest.mark.parametrize("snr", [10.0, None])
+def test_noise_and_phase_are_drawn_anew_at_the_snr_and_the_windows_stay_clean(snr):
+    generator = torch.Generator().manual_seed(1)
+    windows = torch.randn(400, 9, 16, dtype=torch.complex64, generator=generator)
+    windows *= torch.linspace(1, 3, 400)[:, None, None]  # the noise is relative to a window's own power
+    kept = windows.clone()
+    (noisy, target), (again, other) = augment(windows, generator, snr), augment(windows, generator, snr)
     assert torch.equal(windows, kept) and not torch.allclose(target, other) and not torch.allclose(noisy, again)
-    phase, _ = split(windows, noisy, target)
+    phase = (target / windows[:, -1])[:, :1]
     torch.testing.assert_close(target, windows[:, -1] * phase, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(phase.abs(), torch.ones(400, 1))
     assert phase.mean().abs() < 0.2  # uniform over the circle
-
-
-@pytest.mark.parametrize("snr", [10.0, None])
-def test_noise_has_the_snr(windows, snr):
-    _, noise = split(windows, *augment(windows, torch.Generator().manual_seed(1), snr))
+    noise = noisy - windows[:, :-1] * phase[:, None]
     found = 10 * torch.log10(windows.abs().square().mean((1, 2)) / noise.abs().square().mean((1, 2)))
     assert (noise.real.std() / noise.imag.std()).item() == pytest.approx(1, abs=0.02)
     if snr is None:  # uniform over TRAINING_SNR
@@ -137,64 +121,68 @@ def test_noise_has_the_snr(windows, snr):
 
 
 def test_test_nmse_is_in_db_and_repeatable():
-    class Perfect(torch.nn.Linear):
-        def forward(self, noisy):
-            return noisy[:, -1]
-
+    perfect = torch.nn.Linear(1, 1)
+    perfect.forward = lambda noisy: noisy[:, -1]
     windows = torch.randn(500, 1, 16, dtype=torch.complex64).expand(500, 4, 16)
     for snr in (0.0, 20.0):  # a channel that stands still: the last one seen is off by the noise alone
-        assert channels.measure_nmse(Perfect(1, 1), windows, snr) == pytest.approx(-snr, abs=0.2)
-    assert channels.measure_nmse(Perfect(1, 1), windows, 5.0) == channels.measure_nmse(Perfect(1, 1), windows, 5.0)
+        assert channels.measure_nmse(perfect, windows, snr) == pytest.approx(-snr, abs=0.2)
+    assert channels.measure_nmse(perfect, windows, 5.0) == channels.measure_nmse(perfect, windows, 5.0)
+
+
+def test_networks_have_about_as_many_parameters_and_read_the_past_in_its_order():
+    noisy = torch.randn(4, 8, 16, dtype=torch.complex64)
+    sizes = []
+    for name in channels.WIDTHS:
+        network = ChannelPredictor(name)
+        sizes.append(sum(p.numel() for p in network.parameters()))
+        assert network(noisy).shape == (4, 16)
+        assert not torch.allclose(network(noisy), network(noisy[:, [1, 0, *range(2, 8)]]), atol=1e-6)
+    assert max(sizes) < 1.07 * min(sizes)
 
 
 @pytest.fixture
 def watched(monkeypatch):
-    """What run_arm does with its buffer: offers, draws, refreshed losses, and the sizes of batches."""
-    seen = {"offers": [], "refreshed": [], "batches": [], "scored": 0, "buffers": set()}
-
-    def spy(name, note):
-        function = getattr(channels, name)
-
-        def called(*args, **kwargs):
-            result = function(*args, **kwargs)
-            note(*args, **kwargs)
-            return result
-
-        monkeypatch.setattr(channels, name, called)
-
-    def offered(buffer, item, **kwargs):
-        seen["offers"].append((item, kwargs))
-        seen["buffers"].add(len(buffer.items))
-        assert item.device.type == "cpu" and item.is_complex()
-
-    def augmented(windows, generator, snr=None):
-        if snr is None:
-            seen["batches"].append(len(windows))
-        seen["scored"] += snr == 15.0
-
-    spy("add", offered)
-    spy("update_losses", lambda buffer, indices, losses: seen["refreshed"].append(len(losses)))
-    spy("augment", augmented)
-    return seen
+    """Records the calls of functions, and passes them on."""
+    for name in ("add", "update_losses", "augment"):
+        monkeypatch.setattr(channels, name, Mock(wraps=getattr(channels, name)))
 
 
-def test_each_window_is_offered_once_with_a_loss_of_its_own(made, watched):
-    channels.run_arm(small(made), "lars", 0)
-    clean = {tuple(item.flatten().tolist()) for item, _ in watched["offers"]}
-    windows = channels.channel_windows(small(made), 0)
-    assert clean == {tuple(row.flatten().tolist()) for train, _ in windows.values() for row in train}
-    assert [k["label"] for _, k in watched["offers"]] == [0] * 144 + [1] * 144 + [2] * 144
-    assert {k["policy"] for _, k in watched["offers"]} == {"lars"}
-    assert len({k["loss"] for _, k in watched["offers"]}) > 400  # one for each item, not one for each batch
-    assert max(watched["buffers"]) == 20
+def batches():
+    """The sizes of those that were trained on: only their noise is of a random SNR."""
+    return [len(call.args[0]) for call in channels.augment.call_args_list if len(call.args) == 2]
 
 
-def test_half_of_a_batch_is_replayed_and_its_losses_are_refreshed(made, watched):
-    result = channels.run_arm(small(made), "lars", 0)
-    assert watched["batches"] == [48] + [96] * 17  # nothing to replay at first: 3 scenarios x 2 epochs x 3 batches
-    assert watched["refreshed"] == [48] * 17
-    assert watched["scored"] == 3 * 3 + 17  # losses to be compared are of one SNR, at offers and at replays
+@pytest.mark.parametrize("arm", [arm for arm in BUFFERS if arm.startswith(("lars", "labrs"))])
+def test_each_window_is_offered_once_and_half_of_a_batch_is_replayed(arm, made, watched):
+    """With a loss of its own, that is refreshed when it is replayed."""
+    result = channels.run_arm(small(made), arm, 0)
+    offers = [call.args[1] for call in channels.add.call_args_list]
+    settings = [call.kwargs for call in channels.add.call_args_list]
+    windows = [train for train, _ in channels.channel_windows(small(made), 0).values()]
+    assert {tuple(w.flatten().tolist()) for w in offers} == {tuple(w.flatten().tolist()) for w in torch.cat(windows)}
+    assert [k["label"] for k in settings] == [0] * 144 + [1] * 144 + [2] * 144
+    assert {k["policy"] for k in settings} == {arm.removesuffix("_distill")}
+    assert len({k["loss"] for k in settings}) > 400  # one for each item, not one for each batch
+    assert len(channels.add.call_args.args[0].items) == 20 and offers[0].is_complex() and offers[0].device.type == "cpu"
+    assert batches() == [48] + [96] * 17  # nothing to replay at first: 3 scenarios x 2 epochs x 3 batches
+    assert [len(call.args[2]) for call in channels.update_losses.call_args_list] == [48] * 17
+    scored = [call.args for call in channels.augment.call_args_list if call.args[2:] == (15.0,)]
+    assert len(scored) == 3 * 3 + 17  # losses to be compared are of one SNR, at offers and at replays
     assert len(result["curve"]) == 1 + 6 and set(result["snr"]) == set(SCENARIOS) and result["seconds"] > 0
+
+
+@pytest.mark.parametrize("worst, share", [(np.argmin, 1.0), (np.argmax, 0.0)])
+def test_evictions_from_the_easier_half_are_counted(worst, share, made, monkeypatch):
+    monkeypatch.setitem(replay.MAKE_ROOM, "lars", lambda buffer, rng: int(worst(buffer.losses)))
+    assert channels.run_arm(small(made), "lars", 0)["easy_evicted"] == share
+
+
+@pytest.mark.parametrize("scaling, share", [("minmax", 0.5), ("inverse", 0.87), ("rank", 0.74)])
+def test_one_outlier_hides_from_minmax_which_items_are_easy(scaling, share):
+    """The share of evictions that the easier 50 of 100 losses take, beside one of 100."""
+    losses, rng = [*np.linspace(0.01, 1, 100), 100.0], np.random.default_rng(0)
+    slots = np.array([replay.lars_slot(losses, rng, scaling) for _ in range(10_000)])
+    assert (slots < 50).mean() == pytest.approx(share, abs=0.02)
 
 
 @pytest.mark.parametrize("arm", ["naive", "joint", f"only {S2}"])
@@ -202,13 +190,14 @@ def test_arms_without_a_buffer_replay_nothing(arm, made, watched):
     result = channels.run_arm(small(made), arm, 0)
     epochs = 2 if arm.startswith("only") else 6
     size = 96 if arm == "joint" else 48  # as many windows in a step as with a buffer
-    assert watched["offers"] == [] and watched["batches"] == [size] * 3 * epochs
+    assert not channels.add.called and batches() == [size] * 3 * epochs
     assert len(result["curve"]) == 1 + epochs
 
 
-def test_an_arm_is_a_function_of_its_seed(made):
-    results = [channels.run_arm(small(made), "labrs", 0) for _ in range(2)]
-    assert results[0]["curve"] == results[1]["curve"] and results[0]["snr"] == results[1]["snr"]
+def test_an_arm_is_a_function_of_its_seed_and_its_network(made):
+    results = [channels.run_arm(small(made, network=name), "labrs", 0) for name in (*channels.WIDTHS, *channels.WIDTHS)]
+    lstm, gru, transformer = found = [(r["curve"], r["snr"]) for r in results[:3]]
+    assert found == [(r["curve"], r["snr"]) for r in results[3:]] and lstm != gru != transformer != lstm
 
 
 def test_the_teacher_of_old_windows_is_the_model_at_the_last_scenarios_end(made, monkeypatch):
@@ -216,17 +205,17 @@ def test_the_teacher_of_old_windows_is_the_model_at_the_last_scenarios_end(made,
 
     def teacher(model):
         copied = frozen(model)
-        copied.register_forward_hook(lambda module, given, out: taught.append((len(out), out.requires_grad, module)))
+        copied.register_forward_hook(lambda *called: taught.append(called[::2]))
         return copied
 
     monkeypatch.setattr(channels, "frozen", teacher)
     channels.run_arm(small(made), "lars_distill", 0)
-    teachers = list({id(module): module for _, _, module in taught}.values())
+    teachers = {module for module, _ in taught}
     assert len(teachers) == 2  # of S1 and of S2; the one of S3 teaches nobody
     assert not any(module.training or any(p.requires_grad for p in module.parameters()) for module in teachers)
-    assert not any(requires for _, requires, _ in taught)
-    sizes = [number for number, _, _ in taught]
-    assert max(sizes) <= 48 and min(sizes) < 48  # windows of the current scenario are not distilled
+    assert not any(out.requires_grad for _, out in taught)
+    sizes = [len(out) for _, out in taught]
+    assert max(sizes) <= 48 > min(sizes)  # windows of the current scenario are not distilled
 
 
 ADDED = {"ewc": "naive", "online_ewc": "naive", "lwf": "naive", "er_plus": "reservoir", "lars_distill": "lars"}
@@ -236,14 +225,13 @@ ADDED = {"ewc": "naive", "online_ewc": "naive", "lwf": "naive", "er_plus": "rese
 def test_penalties_and_distillation_are_added_to_the_loss(arm, plain, made):
     """With weight 0 they change nothing at all; with one the scenarios behind the first."""
 
-    def run(arm, *weights):
-        names = ("ewc_lambda", "er_plus_lambda", "lwf_coef", "distill_coef")
-        return channels.run_arm(small(made, **dict(zip(names, weights, strict=True))), arm, 0)
-
-    plain, without, held = run(plain, 0.0, 0.0, 0.0, 0.0), run(arm, 0.0, 0.0, 0.0, 0.0), run(arm, 50.0, 50.0, 5.0, 1.0)
+    none = {"ewc_lambda": 0.0, "er_plus_lambda": 0.0, "lwf_coef": 0.0, "distill_coef": 0.0}
+    some = {"ewc_lambda": 50.0, "er_plus_lambda": 50.0, "lwf_coef": 5.0, "distill_coef": 1.0}
+    runs = ((plain, none), (arm, none), (arm, some))
+    plain, without, held = (channels.run_arm(small(made, **weights), name, 0) for name, weights in runs)
     assert without["curve"] == pytest.approx(np.array(plain["curve"]))
     assert held["curve"][2] == pytest.approx(plain["curve"][2]) and held["curve"][3] != pytest.approx(plain["curve"][3])
-    size = sum(4 * p.numel() for p in channels.ChannelPredictor(8, 1).parameters())
+    size = sum(4 * p.numel() for p in ChannelPredictor("lstm", 8, 1).parameters())
     copies = {"ewc": 6, "online_ewc": 2, "lwf": 1, "er_plus": 7, "lars_distill": 1}[arm]
     assert plain["bytes_kept"] == (20 * 4 * 16 * 8 if arm in ("er_plus", "lars_distill") else 0)
     assert held["bytes_kept"] == copies * size + plain["bytes_kept"]
@@ -251,18 +239,14 @@ def test_penalties_and_distillation_are_added_to_the_loss(arm, plain, made):
 
 @pytest.mark.parametrize("arm, share", [("reservoir", 1), ("joint", 2)])
 def test_the_rate_falls_with_new_windows_and_gradients_are_clipped(arm, share, made, monkeypatch):
-    rates, step = [], torch.optim.Adam.step
-    clipped, clip = [], torch.nn.utils.clip_grad_norm_
-
-    def note(self, *args, **kwargs):
-        rates.append(self.param_groups[0]["lr"])
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", note)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: clipped.append(norm) or clip(p, norm))
+    rates = []
+    clip = Mock(wraps=torch.nn.utils.clip_grad_norm_)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *rest: rates.append(optimizer.param_groups[0]["lr"]))
     channels.run_arm(small(made), arm, 0)
+    hook.remove()
     assert rates == pytest.approx(5e-3 * 0.1 ** (48 * share * np.arange(18) / (6 * 144 * share)))
-    assert clipped == [1.0] * 18
+    assert [call.args[1] for call in clip.call_args_list] == [1.0] * 18
 
 
 def test_training_learns(made):
@@ -277,24 +261,47 @@ def test_a_model_that_diverges_is_named_and_not_saved(made, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-SMALL_FLAGS = ["--users", "10", "--past", "3", "--epochs", "1", "--hidden", "8", "--layers", "1", "--capacity", "20"]
-FEW = ["naive", "reservoir", "lars", "joint", *(f"only {name}" for name in SCENARIOS)]
+def test_the_area_below_naive_is_that_of_curves_worked_by_hand():
+    """Naive ends lower than it was, on S1 and in the mean: by its end values it has forgotten nothing."""
+    naive = [[0, -9, -12, -6, -8, -13, -13.5], [0, -1, -2, -9, -15, -13, -14], [0] * 7]  # a row per scenario
+    arm = [[0, -9, -11, -11, -12, -12, -11.5], [0, -1, -2, -9, -14, -14.5, -15], [0] * 7]
+    args, results = channels.Args(epochs=2), [[{"curve": np.transpose(curve)}] for curve in (naive, arm)]
+    rose, kept = (channels.forgetting_curves(args, r) for r in results)
+    assert [r.tolist() for r in rose] == [[[6, 4, -1, -1.5]], [[2, 1]]]  # S1 has four epochs after its own, S2 two
+    assert [r.tolist() for r in kept] == [[[0, -1, -1, -0.5]], [[-0.5, -1]]]
+    # S1: 6 + 5 + 0 - 1 = 10; S2: 2.5 + 2 = 4.5
+    assert channels.area_below_naive(rose, kept).tolist() == [14.5]
+    assert channels.area_below_naive(kept, rose).tolist() == [-14.5]
+
+
+def test_the_picture_of_forgetting_has_every_arm_of_the_table(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    snr = dict.fromkeys(SCENARIOS, [0.0] * len(channels.SNRS))
+    results = [{"curve": np.random.default_rng(k).normal(size=(7, 3)).tolist(), "snr": snr} for k in (0, 1)]
+    channels.plot_results(channels.Args(output=str(tmp_path), epochs=2), dict.fromkeys(channels.ARMS, results))
+    panels = [axes for axes in figures[0].axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == list(BUFFERS)
+    for axes in panels:  # naive for comparison, and each scenario
+        assert [line.get_label() for line in axes.lines if line.get_label()[0] != "_"] == ["naive", *SCENARIOS]
+    assert [len(figure.axes) for figure in figures] == [16, 3, 3]
+
+
+def command(folder, flags, *arms):
+    flags = [*flags.split(), *(f"--{name}={value}" for name, value in SMALL.items() if name != "epochs")]
+    return [sys.executable, "experiments/channels.py", "--output", folder, "--workers=2", *flags, "--arms", *arms]
 
 
 @pytest.fixture(scope="module")
 def finished(made, tmp_path_factory):
     """(what the command showed, its directory), after a run of seven arms with two seeds."""
-    folder = tmp_path_factory.mktemp("finished") / "out"
-    shutil.copytree(made, folder)
-    flags = [*SMALL_FLAGS, "--seeds", "0", "1", "--arms", *FEW, "--output", str(folder), "--workers", "2"]
-    command = [sys.executable, "experiments/channels.py", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900), folder
+    folder = shutil.copytree(made, tmp_path_factory.mktemp("finished") / "out")
+    flags = "--epochs 1 --seeds 0 1"
+    return subprocess.run(command(folder, flags, *FEW), cwd=ROOT, capture_output=True, text=True, timeout=900), folder
 
 
 def again(folder, **changes):
-    """The same run."""
-    changes = {"epochs": 1, "batch_size": 64, "seeds": [0, 1], "arms": FEW, "workers": 1, **changes}
-    return channels.run_experiment(small(folder, **changes))
+    channels.run_experiment(small(folder, epochs=1, seeds=[0, 1], arms=FEW, workers=1, **changes))
 
 
 @pytest.fixture
@@ -305,14 +312,18 @@ def copied(finished, tmp_path):
 def test_the_experiment_writes_tables_and_pictures(finished):
     shown, folder = finished
     assert shown.returncode == 0, shown.stderr
-    assert "lars is better than reservoir by" in shown.stdout and "±" in shown.stdout
+    assert "lars less reservoir: " in shown.stdout and "±" in shown.stdout and "parameters" in shown.stdout
     assert [line for line in shown.stderr.splitlines() if "Warning" in line or "Traceback" in line] == []
     for name in ("forgetting_curve.png", "nmse_over_snr.png", "single_scenario.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
-    curves = [json.loads((folder / "results" / f"naive_{k}.json").read_text())["curve"] for k in (0, 1)]
-    rose = [[c[-1][0] - c[1][0], c[-1][1] - c[2][1]] for c in curves]
-    row = next(line for line in shown.stdout.splitlines() if line.startswith("| naive")).split("|")
-    assert [float(text.split("±")[0]) for text in row[6:8]] == pytest.approx(np.mean(rose, 0), abs=0.006)
+    rows = {row[1].strip(): row for row in (line.split("|") for line in shown.stdout.splitlines()) if len(row) > 5}
+    paths = [folder / "results" / f"{arm}_{k}.json" for arm in FEW[:2] for k in (0, 1)]
+    curves = np.array([json.loads(path.read_text())["curve"] for path in paths])
+    rose = np.stack([curves[:, -1, 0] - curves[:, 1, 0], curves[:, -1, 1] - curves[:, 2, 1]], 1)
+    assert [float(text.split("±")[0]) for text in rows["naive"][6:8]] == pytest.approx(rose[:2].mean(0), abs=0.006)
+    area = rose.sum(1) + curves[:, 2, 0] - curves[:, 1, 0]  # S1 has two epochs after its own
+    assert float(rows["reservoir"][8].split("±")[0]) == pytest.approx((area[:2] - area[2:]).mean(), abs=0.06)
+    assert [rows[arm][9].strip() != "" for arm in FEW[:4]] == [False, False, True, False]
 
 
 def test_what_is_finished_is_not_done_again(copied):
@@ -326,7 +337,7 @@ def test_what_is_finished_is_not_done_again(copied):
 
 
 @pytest.mark.parametrize("name, content", [("lars_1.json", b"{}"), ("lars_1.json", b""), ("*_seed1.npy", b"PK")])
-def test_damaged_files_are_named(name, content, copied):
+def test_damaged_files_are_named_and_results_of_other_settings_refused(name, content, copied):
     (path,) = copied.rglob(name)
     if path.suffix == ".npy":
         (copied / "results" / "naive_1.json").unlink()
@@ -334,27 +345,17 @@ def test_damaged_files_are_named(name, content, copied):
     table = (copied / "table.md").read_bytes()
     with pytest.raises(ValueError, match=f"{path} is damaged"):
         again(copied)
-    assert (copied / "table.md").read_bytes() == table
-
-
-def test_results_of_other_settings_are_refused(copied):
     with pytest.raises(ValueError, match="other settings"):
         again(copied, capacity=30)
-
-
-def kill_group(pid):
-    """Otherwise a failed test would leave processes that burn a core for the rest of the tests."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
+    assert (copied / "table.md").read_bytes() == table
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_stopped_experiment_leaves_no_process_and_no_half_result(number, code, made, tmp_path, request):
-    shutil.copytree(made, tmp_path / "out")
-    flags = [*SMALL_FLAGS, "--epochs", "100000", "--arms", "naive", "lars", "--output", str(tmp_path / "out")]
-    command = [sys.executable, "experiments/channels.py", *flags, "--workers", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    request.addfinalizer(functools.partial(kill_group, process.pid))
+    stopped = command(shutil.copytree(made, tmp_path / "out"), "--epochs 100000", "naive", "lars")
+    process = subprocess.Popen(stopped, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # otherwise a failed test would leave processes that burn a core for the rest of the tests
+    request.addfinalizer(lambda: subprocess.run(["kill", "-KILL", "--", f"-{process.pid}"], capture_output=True))
     children, deadline = [], time.monotonic() + 300
     while len(children) < 3 and time.monotonic() < deadline:  # two workers, and multiprocessing's resource tracker
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -375,25 +376,23 @@ def die(args, arm, seed):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["channels.py", "--output", str(tmp_path), "--workers", "1"])
+BAD = [
+    (["--users", "4"], None, 2, "channels.py: users must be greater than or equal to 5, got 4"),
+    ([], lambda args: runner.run_jobs(args, die, [("naive", 0)]), 1, "a worker was killed, perhaps"),
+]
+
+
+@pytest.mark.parametrize("flags, function, code, line", BAD)
+def test_an_error_of_the_command_is_one_line(flags, function, code, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["channels.py", "--output", str(tmp_path), "--workers", "1", *flags])
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
-        runner.run_command(Args, lambda args: runner.run_jobs(args, die, [("naive", 0)]))
+        runner.run_command(channels.Args, function)
     signal.signal(signal.SIGTERM, handler)
-    assert stop.value.code == 1 and capsys.readouterr().err.splitlines()[-1].startswith("a worker was killed, perhaps")
+    assert stop.value.code == code and capsys.readouterr().err.splitlines()[-1].startswith(line)
 
 
-def test_a_bad_setting_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["channels.py", "--users", "4"])
-    monkeypatch.setattr(signal, "signal", lambda *args: None)
-    with pytest.raises(SystemExit) as stop:
-        runner.run_command(Args, None)
-    line = "channels.py: users must be greater than or equal to 5, got 4\n"
-    assert stop.value.code == 2 and capsys.readouterr().err == line
-
-
-@pytest.mark.parametrize("name, value", [("arms", ["best"]), ("arms", []), ("seeds", [-1]), ("workers", 0)])
+@pytest.mark.parametrize("name, value", [("arms", ["best"]), ("arms", []), ("seeds", [-1]), ("network", "rnn")])
 def test_bad_settings_are_named(name, value):
     with pytest.raises(ValueError, match=name):
-        checked(Args, {**vars(Args()), name: value})
+        checked(channels.Args, {**vars(channels.Args()), name: value})

@@ -77,7 +77,10 @@ STEPS = ["--num_steps_per_task", "3"]  # 12 conversations of each domain: enough
 def run_example(monkeypatch, tmp_path, *flags) -> list[Path]:
     """Runs the script as a user would. Returns its runs in the order of their making."""
     monkeypatch.setattr("sys.argv", [str(REPLAY), *flags, *SMALL, *STEPS, "--runs_dir", str(tmp_path)])
-    runpy.run_path(str(REPLAY), run_name="__main__")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(REPLAY), run_name="__main__")
+    if stop.value.code:
+        raise stop.value
     return sorted(tmp_path.iterdir(), key=lambda run: (run / "config.json").stat().st_mtime)
 
 

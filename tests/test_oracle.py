@@ -236,7 +236,7 @@ def test_short_tasks_need_action_and_open_differently():
 
 
 def settings(**changed):
-    usual = {**vars(oracle.Flags()), "seed": 0, "eval_split": "test", "eval_max_tasks": None}
+    usual = {**vars(oracle.Flags()), "seed": 0, "eval_split": "test", "eval_max_tasks": None, "model_name_or_path": ""}
     return SimpleNamespace(**{**usual, **changed})
 
 
