@@ -2,7 +2,7 @@
 
     python experiments/channels.py --seeds 0 1 2 3 4     table and pictures in runs/channel_prediction
 
-An LSTM learns three scenarios of 3GPP TR 38.901, one after the other.
+A network (an LSTM, unless --network names another) learns three scenarios of 3GPP TR 38.901, one after the other.
 Data flow: generate_channels -> channel_windows -> run_arm for each arm and seed, in processes -> table, pictures.
 """
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from experiments import runner
 from experiments.runner import Several, cell, of_arm
-from replay import Buffer, add, sample, update_losses
+from replay import POLICIES, Buffer, add, sample, update_losses
 from report import interval
 from vae import frozen
 
@@ -54,25 +54,33 @@ MAX_GRAD_NORM = 1.0
 FISHER_SAMPLES = 256  # windows per scenario that the Fisher information is estimated from
 TRAINING_SNR = (0.0, 30.0)  # dB, uniform
 
-# The buffer policy of each arm.
-BUFFERS = {"naive": None, "random": "random", "reservoir": "reservoir", "brs": "brs", "lars": "lars", "labrs": "labrs"}
-BUFFERS |= {"lars_distill": "lars", "joint": None, "ewc": None, "online_ewc": None, "lwf": None, "er_plus": "reservoir"}
+# The buffer policy of each arm: all policies are arms but "recent", which keeps nothing of the past.
+BUFFERS = {"naive": None} | {policy: policy for policy in POLICIES if policy != "recent"}
+BUFFERS |= {"lars_distill": "lars", "er_plus": "reservoir", "ewc": None, "online_ewc": None, "lwf": None, "joint": None}
 ARMS = (*BUFFERS, *(f"only {name}" for name in SCENARIOS))
+# Compared seed by seed.
+PAIRS = (("lars", "reservoir"), ("lars_inverse", "lars"), ("lars_rank", "lars"), ("labrs", "reservoir"))
+PAIRS += (("labrs_released", "labrs"), ("labrs_product", "labrs"))
+# Units per layer, relative to --hidden: all networks have about as many parameters.
+WIDTHS = {"lstm": 1.0, "gru": 1.16, "transformer": 0.75}
+HEADS = 4  # of the transformer
 
 
 @dataclass(kw_only=True)
 class Args(runner.Flags):
-    """Compares replay buffers and penalties: an LSTM learns to predict the next MIMO channel in one scenario after
+    """Compares replay buffers and penalties: a network learns to predict the next MIMO channel in one scenario after
     another."""
 
     output: str = "runs/channel_prediction"
     """directory for results, table and pictures. Finished jobs there are not run again"""
     arms: Several[Literal[ARMS]] = field(default_factory=lambda: list(ARMS))
     """what to compare; "only ..." trains on that scenario alone"""
+    network: Literal[tuple(WIDTHS)] = "lstm"
+    """the network that predicts"""
     hidden: PositiveInt = 64
-    """units per layer"""
+    """units per layer of the LSTM. The others get a width that makes about as many parameters"""
     layers: PositiveInt = 3
-    """layers of the LSTM"""
+    """layers of the network"""
     users: Annotated[int, Field(ge=5)] = 256
     """users per scenario; a fifth of them is for testing"""
     past: PositiveInt = 8
@@ -175,15 +183,27 @@ def augment(windows, generator, snr=None):
 
 
 class ChannelPredictor(nn.Module):
-    """The next channel from noisy past ones: complex (B, past, antennas) -> (B, antennas)."""
+    """The next channel from `past` noisy ones: complex (B, past, antennas) -> (B, antennas)."""
 
-    def __init__(self, hidden=64, layers=3, antennas=RX * TX):
+    def __init__(self, network="lstm", hidden=64, layers=3, past=8, antennas=RX * TX):
         super().__init__()
-        self.body = nn.LSTM(2 * antennas, hidden, layers, batch_first=True)
-        self.head = nn.Linear(hidden, 2 * antennas)
+        width = round(WIDTHS[network] * hidden)
+        self.enter = None
+        if network == "transformer":  # no norm at the end: it would hide the amplitude, which is predicted
+            width = HEADS * max(1, round(width / HEADS))
+            self.enter = nn.Linear(2 * antennas, width)
+            self.position = nn.Parameter(0.02 * torch.randn(past, width))
+            kind = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+            blocks = [nn.TransformerEncoderLayer(width, HEADS, 4 * width, **kind) for _ in range(layers)]
+            self.body = nn.Sequential(*blocks)
+        else:
+            recurrent = {"lstm": nn.LSTM, "gru": nn.GRU}[network]
+            self.body = recurrent(2 * antennas, width, layers, batch_first=True)
+        self.head = nn.Linear(width, 2 * antennas)
 
     def forward(self, noisy):
-        states = self.body(torch.view_as_real(noisy).flatten(-2))[0]
+        x = torch.view_as_real(noisy).flatten(-2)
+        states = self.body(x)[0] if self.enter is None else self.body(self.enter(x) + self.position)
         return torch.view_as_complex(self.head(states[:, -1]).unflatten(-1, (-1, 2)).contiguous())
 
 
@@ -201,26 +221,39 @@ def measure_nmse(model, windows, snr) -> float:
     return 10 * math.log10(error.abs().square().sum() / target.abs().square().sum())
 
 
+def make_network(args: Args):
+    return ChannelPredictor(args.network, args.hidden, args.layers, args.past)
+
+
 def run_arm(args: Args, arm, seed) -> dict:
     """Trains one model over its scenarios. Returns the NMSE in dB on each scenario's test users: "curve" at TABLE_SNR,
-    before training and after each epoch, and "snr" at the end over SNRS; also the seconds and the bytes kept."""
+    before training and after each epoch, and "snr" at the end over SNRS; also the seconds, the bytes kept, and, of
+    policies that go by losses, "easy_evicted": the share of evicted items with a loss below the buffer's median."""
     start = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     windows = channel_windows(args, seed)
     torch.manual_seed(seed)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    model = ChannelPredictor(args.hidden, args.layers).to(device)
+    model = make_network(args).to(device)
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate)
     stages = [arm.removeprefix("only ")] if arm.startswith("only ") else list(SCENARIOS)
     policy, penalty, teacher, seen = BUFFERS.get(arm), of_arm(arm, args), None, 0
-    buffer = Buffer(args.capacity)
+    buffer, easy_evicted = Buffer(args.capacity), []
     share = 2 if arm == "joint" else 1  # so that all arms have as many windows in a step
     size = share * len(windows[stages[0]][0])  # of an epoch
     decay = FINAL_RATE ** (1 / (len(stages) * args.epochs * size))  # per new window
-    by_loss = policy in ("lars", "labrs")
+    by_loss = policy is not None and policy.startswith(("lars", "labrs"))
 
     def measure(snr):
         return [measure_nmse(model, test, snr) for _, test in windows.values()]
+
+    def offer(items, stage):
+        losses = difficulty(items) if by_loss else [0.0] * len(items)
+        for item, loss in zip(items, losses, strict=True):
+            before = np.array(buffer.losses)
+            slot = add(buffer, item.clone(), label=stage, loss=loss, policy=policy, rng=rng)
+            if by_loss and slot is not None and len(before) == args.capacity:
+                easy_evicted.append(before[slot] < np.median(before))
 
     def difficulty(items):
         """Losses for the buffer, all at one SNR: otherwise the draw of the noise would decide."""
@@ -261,9 +294,7 @@ def run_arm(args: Args, arm, seed) -> dict:
             for index in order.split(share * args.batch_size):
                 learn(train[index], stage)
                 if policy and epoch == 0:  # each window is offered once
-                    losses = difficulty(train[index]) if by_loss else [0.0] * len(index)
-                    for i, loss in zip(index.tolist(), losses, strict=True):
-                        add(buffer, train[i].clone(), label=stage, loss=loss, policy=policy, rng=rng)
+                    offer(train[index], stage)
             curve.append(measure(TABLE_SNR))
         if penalty:
             apart = torch.Generator().manual_seed(seed)  # so that all arms draw the same batches and noise
@@ -276,8 +307,8 @@ def run_arm(args: Args, arm, seed) -> dict:
     snr = dict(zip(SCENARIOS, zip(*[measure(value) for value in SNRS], strict=True), strict=True))
     kept = [windows[s][0] for s in stages] if arm == "joint" else buffer.items
     bytes_kept = sum(window.nbytes for window in kept) + runner.size(teacher) + (penalty.bytes_kept() if penalty else 0)
-    seconds = time.perf_counter() - start
-    return {"arm": arm, "seed": seed, "seconds": seconds, "curve": curve, "snr": snr, "bytes_kept": bytes_kept}
+    result = {"arm": arm, "seed": seed, "seconds": time.perf_counter() - start, "curve": curve, "snr": snr}
+    return result | {"bytes_kept": bytes_kept, "easy_evicted": float(np.mean(easy_evicted)) if easy_evicted else None}
 
 
 def run_experiment(args: Args):
@@ -294,75 +325,98 @@ def run_experiment(args: Args):
     plot_results(args, by_arm)
 
 
-def forgetting(args: Args, results) -> np.ndarray:
-    """(seeds, scenarios but the last): the rise of the NMSE, in dB, since the scenario's own last epoch."""
+def forgetting_curves(args: Args, results) -> list[np.ndarray]:
+    """For each scenario but the last, (seeds, epochs after its own training): the rise of the NMSE, in dB, since its
+    own last epoch."""
     curves = np.array([r["curve"] for r in results])
-    old = range(len(SCENARIOS) - 1)
-    return np.stack([curves[:, -1, k] - curves[:, (k + 1) * args.epochs, k] for k in old], 1)
+    own = [(k + 1) * args.epochs for k in range(len(SCENARIOS) - 1)]
+    return [curves[:, end + 1 :, k] - curves[:, end : end + 1, k] for k, end in enumerate(own)]
+
+
+def area_below_naive(naive, arm) -> np.ndarray:
+    """(seeds,): the area between naive's forgetting curves and the arm's, in dB x epochs: the sum over the epochs after
+    a scenario's own training, and over scenarios. Positive: the arm forgot less.
+
+    Example, one scenario and one seed: naive rises by [6, 4, -1] and the arm by [1, 0, -2]; the area is 5 + 4 + 1 = 10.
+    """
+    return sum((n - a).sum(1) for n, a in zip(naive, arm, strict=True))
 
 
 def write_table(args: Args, by_arm):
     """Prints the table, means over seeds, and writes it as table.md. `joint` and arms of one scenario have no
     forgetting."""
     final = {arm: np.array([r["curve"][-1] for r in results]) for arm, results in by_arm.items()}
-    rose = {arm: forgetting(args, r) for arm, r in by_arm.items() if arm in BUFFERS and arm != "joint"}
+    rose = {arm: forgetting_curves(args, r) for arm, r in by_arm.items() if arm in BUFFERS and arm != "joint"}
     rows = []
     for arm, results in by_arm.items():
         row = {f"NMSE, dB at {TABLE_SNR:g} dB SNR": arm}
         row |= {name: cell(values) for name, values in zip(SCENARIOS, final[arm].T, strict=True)}
         row["mean"] = cell(final[arm].mean(1))
         for k, name in enumerate(list(SCENARIOS)[:-1]):
-            row[f"forgetting {name.split()[0]}"] = cell(rose[arm][:, k]) if arm in rose else ""
+            row[f"forgetting {name.split()[0]}"] = cell(rose[arm][k][:, -1]) if arm in rose else ""
         compared = arm in rose and "naive" in rose and arm != "naive"
-        row["less than naive"] = f"{1 - rose[arm].mean() / rose['naive'].mean():.0%}" if compared else ""
+        row["area below naive, dB x epochs"] = cell(area_below_naive(rose["naive"], rose[arm]), 1) if compared else ""
+        easy = [r["easy_evicted"] for r in results if r["easy_evicted"] is not None]
+        row["evicted from the easier half"] = f"{np.mean(easy):.0%}" if easy else ""
         row["seconds"] = f"{np.mean([r['seconds'] for r in results]):.0f}"
         row["kept, kB"] = f"{np.mean([r['bytes_kept'] for r in results]) / 1000:.0f}"
         rows.append(row)
     runner.show_table(rows, Path(args.output))
-    if "lars" in final and "reservoir" in final:
-        gain = final["reservoir"].mean(1) - final["lars"].mean(1)
-        print(f"\nlars is better than reservoir by {cell(gain)} dB (mean over scenarios, paired by seed)")
+    print(f"\n{args.network}: {sum(p.numel() for p in make_network(args).parameters())} parameters")
+    for arm, other in PAIRS:
+        if arm in final and other in final:
+            gap = cell(final[arm].mean(1) - final[other].mean(1))
+            print(f"{arm} less {other}: {gap} dB (mean over scenarios, paired by seed)")
 
 
 def plot_results(args: Args, by_arm):
     """forgetting_curve.png, nmse_over_snr.png and single_scenario.png: means over seeds, 95% intervals as bands."""
     names = list(SCENARIOS)
 
-    def figure(file, xlabel, titles, lines, shaded=0):
-        """lines(k) yields (x, values (seeds, len(x)), label, colour) for panel k. shaded: epochs per scenario; each
-        panel shades its own."""
-        with runner.picture(Path(args.output) / file, 1, len(titles), (7.2, 2.6), sharey=True) as panels:
-            for k, axes in enumerate(panels):
-                for x, values, label, colour in lines(k):
+    def figure(file, xlabel, panels, epochs=0):
+        """panels: {title: [(x, values (seeds, len(x)), label, colour)]}. epochs: of a scenario; each is shaded in its
+        colour, except for joint, which trains on all."""
+        columns = min(len(panels), 4)
+        rows = math.ceil(len(panels) / columns)
+        path, size = Path(args.output) / file, (7.2, 1.2 + 1.4 * rows)
+        with runner.picture(path, rows, columns, size, sharex=True, sharey=True) as drawn:
+            for axes, (title, lines) in zip(drawn, panels.items(), strict=False):
+                for x, values, label, colour in lines:
                     mean, half = np.array([interval(column) for column in np.array(values).T]).T
-                    style = {"color": f"C{colour}", "linestyle": ("-", "--", "-.", ":")[colour % 4]}
-                    axes.plot(x, mean, **style, label=label, linewidth=1.2)
-                    axes.fill_between(x, mean - half, mean + half, color=f"C{colour}", alpha=0.2, lw=0)
-                if shaded:
-                    axes.axvspan(k * shaded, (k + 1) * shaded, color="0.5", alpha=0.12, linewidth=0)
-                axes.set(title=titles[k], xlabel=xlabel)
+                    dashes = {"C1": "--", "C2": "-.", "C3": ":"}.get(colour, "-")
+                    axes.plot(x, mean, color=colour, linestyle=dashes, label=label, linewidth=1.2)
+                    axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.2, lw=0)
+                for k in range(len(names) if epochs and title != "joint" else 0):
+                    axes.axvspan(k * epochs, (k + 1) * epochs, color=f"C{k}", alpha=0.1, linewidth=0)
+                axes.set_title(title)
                 axes.grid(alpha=0.3)
-            panels[0].set_ylabel("NMSE, dB")
+            drawn[0].figure.supxlabel(xlabel, fontsize=8)
+            drawn[0].figure.supylabel("NMSE, dB", fontsize=8)
 
-    def curves(k):
-        for arm in (arm for arm in by_arm if arm in BUFFERS):
-            values = [[row[k] for row in r["curve"][1:]] for r in by_arm[arm]]
-            yield range(1, len(values[0]) + 1), values, arm, list(BUFFERS).index(arm)
+    def curve(arm, k):
+        values = [[row[k] for row in r["curve"][1:]] for r in by_arm[arm]]
+        return range(1, len(values[0]) + 1), values
 
-    def snrs(k):
-        for arm in (arm for arm in ("naive", "reservoir", "lars", "joint") if arm in by_arm):
-            yield SNRS, [r["snr"][names[k]] for r in by_arm[arm]], arm, list(BUFFERS).index(arm)
+    def snr(arm, name):
+        return SNRS, [r["snr"][name] for r in by_arm[arm]]
 
-    def singles(k):
-        for colour, name in enumerate(names):
-            yield SNRS, [r["snr"][name] for r in by_arm[f"only {names[k]}"]], f"tested on {name}", colour
-
-    tested = [f"test users of {name}" for name in names]
-    if any(arm in BUFFERS for arm in by_arm):
-        figure("forgetting_curve.png", "epoch (shaded: this scenario)", tested, curves, args.epochs)
-        figure("nmse_over_snr.png", "SNR, dB", tested, snrs)
+    arms = [arm for arm in by_arm if arm in BUFFERS]
+    if arms:
+        grey = [(*curve("naive", k), "_" if k else "naive", "0.6") for k in range(len(names)) if "naive" in arms]
+        panels = {arm: grey + [(*curve(arm, k), name, f"C{k}") for k, name in enumerate(names)] for arm in arms}
+        figure("forgetting_curve.png", "epoch (shaded: the scenario in training)", panels, args.epochs)
+    shown = [(f"C{k}", arm) for k, arm in enumerate(("naive", "reservoir", "lars", "joint")) if arm in arms]
+    if shown:
+        panels = {f"test users of {name}": [(*snr(arm, name), arm, c) for c, arm in shown] for name in names}
+        figure("nmse_over_snr.png", "SNR, dB", panels)
     if all(f"only {name}" in by_arm for name in names):
-        figure("single_scenario.png", "SNR, dB", [f"trained on {name.split()[0]} only" for name in names], singles)
+        panels = {
+            f"trained on {only.split()[0]} only": [
+                (*snr(f"only {only}", name), f"tested on {name}", f"C{k}") for k, name in enumerate(names)
+            ]
+            for only in names
+        }
+        figure("single_scenario.png", "SNR, dB", panels)
 
 
 if __name__ == "__main__":
