@@ -497,7 +497,7 @@ def test_without_forgetting_the_ratio_stays_low(rate, group, domains):
     assert ratios.mean() <= 0.2 and (ratios > 0.2 + 1e-9).mean() < 0.05
 
 
-@pytest.mark.parametrize("rate, group, domains", [(0.5, 4, 1), (0.3, 4, 2), (0.7, 16, 1), (0.9, 16, 2)])
+@pytest.mark.parametrize("rate, group, domains", [(0.7, 4, 1), (0.5, 16, 2)])
 def test_after_a_fall_the_ratio_reaches_its_maximum_within_ten_adaptations_and_comes_back(rate, group, domains):
     for run in adaptive.with_a_fall(Law, rate, group, domains):
         assert adaptive.adaptations(run[adaptive.PERIOD :], lambda ratio: ratio >= 0.5 - 1e-9) <= 10
