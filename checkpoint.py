@@ -239,12 +239,15 @@ def verify(folder: Path, model_only=False) -> dict:
             if sum_of(folder / name) != expected:
                 raise ValueError(f"{name} has been changed")
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-        raise damaged(folder, error) from error
+        raise damaged(folder, error, advise=not model_only) from error
     return saved
 
 
-def damaged(folder, error) -> ValueError:
+def damaged(folder, error, advise=True) -> ValueError:
+    """advise: say how to continue the run."""
     reason = str(error).strip().split("\n")[0] or type(error).__name__
+    if not advise:
+        return ValueError(f"checkpoint {folder} is damaged ({reason})")
     others = [path.name for path in checkpoints(folder.parent.parent) if path.name < folder.resolve().name]
     advice = f"remove that directory to continue from {others[-1]}" if others else "there is none before it"
     return ValueError(f"checkpoint {folder} is damaged ({reason}); {advice}")

@@ -34,7 +34,7 @@ import litellm
 
 from distributed import StopRun, all_gather_json, barrier, rank, world_size
 from grpo import PASS, Trajectory
-from metrics import cl_metrics, measure, overall, text_metrics, transfer_so_far  # noqa: F401, for run.py
+from metrics import cl_metrics, measure, overall, text_metrics  # noqa: F401 (cl_metrics is a public name of eval)
 from report import compare, read_jsonl, show_conversations
 
 MAX_INVALID_SHARE = 0.5  # of the conversations; with more environment errors the run stops

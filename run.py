@@ -316,6 +316,8 @@ def log_conversations(trainer: Trainer, records):
 def log(trainer, record):
     """A line in metrics.jsonl, and its numbers in TensorBoard."""
     position = {"global_step": trainer.step, "seconds": round(trainer.seconds, 2)}
+    for name in trainer.custom_metrics.keys() & {*record, *position}:
+        raise ValueError(f"log_custom_metric: {name!r} is a name of the log's own; choose another")
     record = {**record, **trainer.custom_metrics}
     trainer.custom_metrics = {}
     append_jsonl(trainer.run / "metrics.jsonl", [{**record, **position}])

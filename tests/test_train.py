@@ -470,6 +470,26 @@ def test_an_instance_takes_the_place_of_the_flag(tmp_path):
     assert again["statistics"] == summary["statistics"] and again["R"] == summary["R"]
 
 
+def test_past_pass_rates_order_the_next_epoch_and_not_the_one_in_progress():
+    trainer = law_trainer(batch_order="balanced", batch_size_per_gpu=1, gradient_accumulation_steps=1)
+    trainer.phase, refs = "grpo", [grpo.TaskRef("airline", str(k)) for k in range(4)]
+    for epoch in range(3):
+        begun = copy.deepcopy(trainer.state["pass_rates"])
+        drawn = []
+        for step in range(4):
+            drawn += train.next_tasks(trainer, refs, 0, 4 * epoch + step)
+            trainer.state["pass_rates"].setdefault("airline", {})[str(step)] = (epoch + step) / 6
+            assert trainer.state["epoch_rates"] == begun
+        assert sorted(ref.task_id for ref in drawn) == ["0", "1", "2", "3"]
+
+
+def test_an_own_metric_may_not_take_a_name_of_the_log():
+    trainer = law_trainer()
+    trainer.log_custom_metric("reward", 1)
+    with pytest.raises(ValueError, match="'reward' is a name of the log's own"):
+        run.log(trainer, {"kind": "step", "reward": 0.0})
+
+
 def test_a_rollout_holds_one_accumulation_step(tmp_path, monkeypatch):
     sizes, play_all = [], rollout.rollout
 
