@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, PositiveInt
-from scipy.stats import rankdata
+from pydantic import Field
 
 from algorithm import CLAlgorithm, JointCL, SequentialCL  # noqa: F401 (replay's public names)
-from distributed import write_text
+from distributed import Count, Weight, write_text
 from grpo import Share, TaskRef, Trajectory
 
 Strategy = Literal["random", "high_reward", "recent", "balanced"]
@@ -45,11 +44,11 @@ class Flags:
     """share of replayed tasks, or conversations, in the mixed batch"""
     replay_strategy: Strategy = "random"
     """which stored conversations are drawn: any, those with a reward, the latest, or as many of each task"""
-    min_buffer_size: PositiveInt = 10
+    min_buffer_size: Count = 10
     """do not replay a domain with fewer stored conversations"""
     replay_all_domains: bool = True
     """replay all previous domains, or only the latest"""
-    replay_buffer_size: PositiveInt = 1000
+    replay_buffer_size: Count = 1000
     """stored conversations per domain"""
     buffer_policy: BufferPolicy = "reservoir"
     """which conversation a full buffer gives up: any; one of the most frequent task (brs); one with a low loss (lars);
@@ -57,7 +56,7 @@ class Flags:
     labrs_slot"""
     replay_kind: Literal["tasks", "trajectories"] = "tasks"
     """tasks: roll the drawn conversation's task out again; trajectories: train on the conversation itself"""
-    clone_coef: NonNegativeFloat = 0.05
+    clone_coef: Weight = 0.05
     """weight of behaviour cloning on stored conversations (with replay_kind trajectories)"""
     forgetting_threshold: Share = 0.1
     """adaptive_replay: raise the ratio if a previous domain's score fell by more, and by more than chance explains"""
@@ -134,7 +133,8 @@ def _low_loss(losses, scaling):
     if scaling == "inverse":
         return 1 / (losses - min(losses.min(), 0.0) + 1e-8)
     if scaling == "rank":
-        return rankdata(-losses)
+        below, upto = (np.searchsorted(np.sort(-losses), -losses, side) for side in ("left", "right"))
+        return (below + upto + 1) / 2  # equal losses share their mean rank
     raise ValueError(f"unknown scaling {scaling!r}; choose minmax, inverse or rank")
 
 
@@ -344,7 +344,7 @@ class TrajectoryBuffer:
     def load(self, path):
         """Takes back what `save` wrote. Raises ValueError for a file that is damaged."""
         try:
-            saved = json.loads(Path(path).read_text())
+            saved = json.loads(Path(path).read_bytes())
             for domain, b in saved["buffers"].items():
                 self.buffers[domain] = Buffer(**{**b, "items": [Trajectory(**t) for t in b["items"]]})
             self.rng.bit_generator.state = saved["rng"]

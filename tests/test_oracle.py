@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from tau2.registry import registry
 
+import eval as evaluation
 import oracle
+from grpo import Trajectory
 
 NUM_BASE_TASKS = {"airline": 50, "retail": 114, "telecom": 114}
 
@@ -56,10 +58,8 @@ def compare_with_tau2(domain):
     different, gold_rewards = [], []
     for index, task in enumerate(tasks):
         episodes = variants(domain, task, rng.choice(tasks), rng)
-        if "REHEARSE_ALL" not in os.environ:  # tau2 takes a second for each: the gold and two of the others in turn
-            names = list(episodes)
-            for i in (0, 1):
-                episodes.pop(names[1 + (index + i) % 4])
+        if "REHEARSE_ALL" not in os.environ:  # tau2 takes a second for each: the gold and one of the others in turn
+            episodes = {name: episodes[name] for name in ("gold", list(episodes)[1 + index % 4])}
         for name, episode in episodes.items():
             ours = oracle.score(episode).model_dump()
             theirs = oracle.tau2_score(episode).model_dump()
@@ -147,16 +147,37 @@ def test_doing_nothing_passes_what_it_passes_in_tau2():
     assert oracle.do_nothing_rate("telecom", "train") == oracle.do_nothing_rate("telecom", "test") == 0.0
 
 
-def test_a_floor_that_tau2_cannot_grade_is_none():
-    """An assertion of mock asks for the status of a task that the agent has to create: tau2's evaluator raises, too."""
+ASSERTED = "create_task_1_with_env_assertions"  # reads the status of a task that the agent has to create
+MMS = "[mms_issue]break_app_sms_permission|data_mode_off[PERSONA:None]"  # reads a field of the settings that it may set
+SPOIL = {"tool_calls": [{"function": {"name": "set_apn_settings", "arguments": {"apn_settings": []}}}]}
+
+
+@pytest.mark.parametrize(
+    "domain, task_id, error", [("mock", ASSERTED, "task_2 not found"), ("telecom", MMS, "mmsc_url")]
+)
+def test_a_state_that_the_agent_has_broken_is_a_zero_with_its_reason(domain, task_id, error):
+    """tau2's evaluator raises on it."""
+    task = oracle.all_tasks(domain)[task_id]
+    gold = oracle.agent_turns(oracle.demonstrate(domain, task))[:-1]
+    episode = play(domain, task, [*gold, SPOIL] if domain == "telecom" else [], "Done.")
+    with pytest.raises((ValueError, AttributeError), match=error):
+        oracle.tau2_score(episode)
+    trajectory = Trajectory(domain, task_id, termination=episode.termination)
+    record = evaluation.score_and_record(episode, trajectory)
+    assert trajectory.valid and record["reward"] == 0.0 == max(record["reward_parts"].values())
+    assert error in record["error"] and record["termination"] == "agent_error"
+    oracle.score(episode, verify=True)
+
+
+def test_a_task_that_tau2_cannot_grade_is_not_the_agents_fault():
+    task = oracle.all_tasks("mock")[ASSERTED].model_copy(deep=True)
+    task.evaluation_criteria.env_assertions[0].func_name = "assert_nothing"
+    with pytest.raises(AttributeError, match="assert_nothing"):
+        oracle.score(oracle.demonstrate("mock", task))
+    assert oracle.do_nothing("mock", [task]) == (None, {})
     tasks = oracle.load_tasks("mock", "base")
-    asserted = next(task for task in tasks if task.id == "create_task_1_with_env_assertions")
-    with pytest.raises(ValueError, match="Task task_2 not found"):
-        oracle.tau2_score(play("mock", asserted, [], "Done."))
-    assert oracle.do_nothing_rate("mock", "base") is None and oracle.do_nothing("mock", [asserted]) == (None, {})
-    others = [task for task in tasks if task is not asserted]
-    rewards = [oracle.score(play("mock", task, [], "I understand.")).reward for task in others]
-    assert oracle.do_nothing("mock", others)[0] == pytest.approx(np.mean(rewards))
+    rewards = [oracle.score(play("mock", task, [], "I understand.")).reward for task in tasks]
+    assert oracle.do_nothing_rate("mock", "base") == pytest.approx(np.mean(rewards))
 
 
 @pytest.mark.parametrize("kind", ["all", "env", "action", "communicate"])
