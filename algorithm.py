@@ -160,7 +160,10 @@ def load_algorithm(name, algorithms, args) -> CLAlgorithm:
         raise ValueError(f"cl_algorithm: {path!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"cl_algorithm: {path} cannot be imported: {type(error).__name__}: {error}") from error
     algorithm = getattr(module, class_name, None)
     if not (inspect.isclass(algorithm) and issubclass(algorithm, CLAlgorithm)):
         raise ValueError(f"cl_algorithm: {path} has no subclass of replay.CLAlgorithm called {class_name!r}")

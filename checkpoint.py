@@ -157,12 +157,16 @@ def write(trainer, folder, earlier, weights, tensors):
     write_json(training / "state.json", {**saved, "sum": sum_of_json(saved)})
     final = folder / f"{int(earlier[-1].name.split('-')[0]) + 1 if earlier else 0:05d}-step{trainer.step}"
     os.replace(temporary, final)
-    link = folder / "LAST.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    os.replace(link, folder / "LAST")
+    link_last(final)
     remove_old(trainer.run)
     warn_of_unsaved_state(trainer)
+
+
+def link_last(checkpoint):
+    link = checkpoint.with_name("LAST.tmp")
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoint.name)
+    os.replace(link, checkpoint.with_name("LAST"))
 
 
 def files_in(folder):
@@ -228,7 +232,7 @@ def verify(folder: Path, model_only=False) -> dict:
     """The contents of a checkpoint's state.json. Raises ValueError if it or another file of the checkpoint is not as it
     was written. model_only: looks at the model's files only."""
     try:
-        saved = json.loads((folder / "training" / "state.json").read_text())
+        saved = json.loads((folder / "training" / "state.json").read_bytes())
         if saved.pop("sum") != sum_of_json(saved):
             raise ValueError("training/state.json has been changed")
         for name, expected in saved["sums"].items():
@@ -287,8 +291,10 @@ def load(trainer, folder: Path, saved: dict):
         raise ValueError(
             f"cannot resume {trainer.run}: other parameters were trained in it, see {', '.join(other[:3])}"
         )
-    if rank() == 0:  # what was logged after the checkpoint will be logged again
-        for name, size in saved["logs"].items():
+    if rank() == 0:  # what a kill may have left undone
+        link_last(folder)
+        remove_old(trainer.run, 1 if any(a.keeps_no_data for a in trainer.algorithms) else KEEP)
+        for name, size in saved["logs"].items():  # what was logged after the checkpoint will be logged again
             if size_of(trainer.run / name) > size:
                 os.truncate(trainer.run / name, size)
 

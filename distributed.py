@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 # Libraries read these when they are imported: our lines are the only ones a user sees.
 for variable, value in {
@@ -27,7 +28,9 @@ import numpy as np
 import pydantic
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+from pydantic import Field
+
+from text import print_safely, printable, without_secrets
 
 
 class StopRun(RuntimeError):
@@ -35,6 +38,16 @@ class StopRun(RuntimeError):
 
 
 CHECKED = pydantic.ConfigDict(allow_inf_nan=False, extra="forbid")  # of every dataclass of flags
+
+# Types of flags. The bounds are far from what anyone means, and near enough for memory, time and float32.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1, le=10**7)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**7)]
+Few = Annotated[int, Field(ge=1, le=1000)]
+Units = Annotated[int, Field(ge=1, le=10**4)]  # of a layer
+Weight = Annotated[float, Field(ge=0, le=1e9)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
 
 
 def init_distributed() -> str:
@@ -66,7 +79,7 @@ def barrier():
 def say(text):
     """Prints above the progress bars, on rank 0 only."""
     if rank() == 0:
-        tqdm.write(text)
+        print_safely(text)
 
 
 def write_text(path, text):
@@ -84,7 +97,7 @@ def write_json(path, value):
 def append_jsonl(path, records):
     """One line for each record, on rank 0."""
     if rank() == 0:
-        with open(path, "a") as lines:
+        with open(path, "a", encoding="utf-8") as lines:
             lines.writelines(json.dumps(record) + "\n" for record in records)
 
 
@@ -140,17 +153,18 @@ def checked(flags, values):
 
 
 def one_line(error: Exception) -> str:
-    """An error as one line for the user: for a rejected setting its name, the rule and the value."""
-    if not isinstance(error, pydantic.ValidationError):
-        return str(error)
-    first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    if first["type"] == "value_error":  # raised by a validator of ours
-        return str(first["ctx"]["error"])
-    if first["type"] == "unexpected_keyword_argument":
-        return f"there is no setting {name!r}"
-    rule = first["msg"].replace("Input should be", "must be")
-    return f"{name} {rule[0].lower() + rule[1:]}, got {first['input']!r}"
+    """An error as one line for the user, without secrets: for a rejected setting its name, the rule and the value."""
+    line = str(error)
+    if isinstance(error, pydantic.ValidationError):
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        rule = first["msg"].replace("Input should be", "must be")
+        line = f"{name} {rule[0].lower() + rule[1:]}, got {first['input']!r}"
+        if first["type"] == "value_error":  # raised by a validator of ours
+            line = str(first["ctx"]["error"])
+        elif first["type"] == "unexpected_keyword_argument":
+            line = f"there is no setting {name!r}"
+    return printable(without_secrets(line))
 
 
 class Clock(dict):

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import MutableMapping
 from contextlib import suppress
@@ -34,7 +35,10 @@ if importlib.util.find_spec("tau2.runner"):
 warnings.filterwarnings("ignore", message="Pydantic serializer warnings")
 warnings.filterwarnings("ignore", message="Items? .* on TypedDict class")  # litellm's own types, at a first request
 
-MAX_TEXT = 20_000  # characters of one agent message, or of one tool call's arguments
+MAX_TEXT = 20_000  # characters of one message, or of one tool call's arguments
+MAX_CALLS = 100  # tool calls of one message
+MAX_VALUES = 100  # JSON values in one tool call's arguments: pydantic writes a paragraph for each that is wrong
+MAX_EXPRESSION = 500  # characters: whether Python can compile thousands of signs depends on the stack it is called from
 
 
 class CopyOnWrite(dict):
@@ -176,8 +180,13 @@ def gold_changes(domain: str, task: Task) -> dict:
     return _GOLD[id(task)][1]
 
 
-def _check_values(value, depth=1):
-    """Raises ValueError for what parses as JSON, but makes tau2 fail or hang."""
+def clean(value):
+    """A text, or JSON with texts, without halves of surrogate pairs, which no file, tokenizer or server takes."""
+    return json.loads(json.dumps(value, ensure_ascii=False).encode(errors="ignore"))
+
+
+def _check_values(value, depth=1) -> int:
+    """The number of values. Raises ValueError for what parses as JSON, but makes tau2 fail or hang."""
     if depth > 20:
         raise ValueError("the arguments are nested more than 20 deep")
     if isinstance(value, float) and not math.isfinite(value):
@@ -185,18 +194,18 @@ def _check_values(value, depth=1):
     if isinstance(value, int) and abs(value) >= 10**18:  # Python refuses to print the product of very long ones
         raise ValueError("the arguments have a number that is too large")
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for child in children:
-        _check_values(child, depth + 1)
+    return 1 + sum(_check_values(child, depth + 1) for child in children)
 
 
 def parse_arguments(arguments) -> dict:
     """A tool call's arguments, JSON text or a dict, as a dict that tau2 can store. ValueError if it cannot."""
     try:
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         if len(text) > MAX_TEXT:
             raise ValueError(f"the arguments are longer than {MAX_TEXT} characters")
         parsed = json.loads(text)
-        _check_values(parsed)
+        if _check_values(parsed) > MAX_VALUES:
+            raise ValueError(f"the arguments have more than {MAX_VALUES} values")
         json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair can be parsed, but not stored
     except UnicodeEncodeError:
         raise ValueError("the arguments are not valid Unicode") from None
@@ -207,18 +216,28 @@ def parse_arguments(arguments) -> dict:
     return parsed
 
 
-def checked_call(call, call_id: str) -> ToolCall:
+def _check_expression(text):
+    """Raises ValueError for an expression of calculate that tau2, which gives it to Python, cannot take safely."""
+    if len(text) > MAX_EXPRESSION:
+        raise ValueError(f"calculate takes at most {MAX_EXPRESSION} characters")
+    if "**" in text.replace(" ", ""):
+        raise ValueError("calculate does not support **")  # 9**9**8 never ends
+    if re.search(r"[\d.)]\s*\(", text):  # a call to Python, which prints a SyntaxWarning
+        raise ValueError("calculate needs an operator before each parenthesis")
+
+
+def checked_call(call, call_id: str, requestor="assistant") -> ToolCall:
     """A tool call that is safe to carry out and to store, from tau2's ToolCall or {"function": {"name", "arguments"}}.
     Raises ValueError if the call is not safe."""
     function = {"name": call.name, "arguments": call.arguments} if isinstance(call, ToolCall) else call["function"]
     name = function.get("name")
     if not isinstance(name, str) or not name:
         raise ValueError(str(function.get("error") or "the tool call has no name"))
-    if len(name) > 100 or name.encode(errors="ignore").decode() != name:
+    if len(name) > 100 or clean(name) != name:
         raise ValueError("the tool name is longer than 100 characters, or not valid Unicode")
     arguments = parse_arguments(function.get("arguments"))
-    if name == "calculate" and "**" in str(arguments.get("expression")).replace(" ", ""):
-        raise ValueError("calculate does not support **")  # 9**9**8 never ends
+    if name == "calculate":
+        _check_expression(str(arguments.get("expression")))
     if V1 and name == "grep":
         V1.check_pattern(arguments.get("pattern"))
-    return ToolCall(id=call_id, name=name, arguments=arguments, requestor="assistant")
+    return ToolCall(id=call_id, name=name, arguments=arguments, requestor=requestor)

@@ -13,7 +13,7 @@ import re
 
 import environment
 import users
-from environment import MAX_TEXT, V1, checked_call, make_env
+from environment import MAX_CALLS, MAX_TEXT, V1, checked_call, clean, make_env
 from users import OUT_OF_SCOPE, STOP, TRANSFER, UserFailed
 
 # isort: split
@@ -30,7 +30,7 @@ MAX_USER_STEPS = 20  # rounds of tool calls of a user between two turns of the a
 def strip_thinking(text: str | None) -> str:
     """The text without <think>...</think>, which neither the user nor the evaluator may read."""
     text = re.sub(r"<think>.*?(</think>|$)", "", text or "", flags=re.DOTALL)
-    return text.rsplit("</think>", 1)[-1].strip().encode(errors="ignore").decode()
+    return clean(text.rsplit("</think>", 1)[-1].strip())
 
 
 def is_solo(domain, user) -> bool:
@@ -116,7 +116,7 @@ class Episode:
         calls = message.get("tool_calls") or []
         self.turns += 1
         if len(content) > MAX_TEXT:
-            answers = self._refuse(f"the message is longer than {MAX_TEXT} characters")
+            answers = self._refuse(f"the message is longer than {MAX_TEXT} characters", calls)
         elif self.solo and (STOP in content or any(_name(call) == "done" for call in calls)):
             self.messages.append(AssistantMessage(role="assistant", content=STOP))
             answers = self.stop("agent_stop")
@@ -141,16 +141,19 @@ class Episode:
         self.ended = datetime.datetime.now()
         return []
 
-    def _refuse(self, text):
+    def _refuse(self, text, calls=()):
         self.errors += 1
         self.messages.append(SystemMessage(role="system", content=f"Error: {text}"))
-        return [{"role": "user", "content": f"Error: {text}"}]
+        roles = ["tool"] * len(calls) or ["user"]
+        return [{"role": role, "content": f"Error: {text}"} for role in roles]
 
     def _call_tools(self, content, calls):
         checked = []  # a ToolCall, or the text of an error
-        for call in calls:
+        for k, call in enumerate(calls):
             self.calls += 1
             try:
+                if k >= MAX_CALLS:
+                    raise ValueError(f"a message may have at most {MAX_CALLS} tool calls")
                 checked.append(checked_call(call, f"call_{self.calls}"))
             except ValueError as error:
                 checked.append(f"Error: {error}")
@@ -179,21 +182,21 @@ class Episode:
 
     def _hear_user(self):
         """The user's answer to the last message. The user's tool calls are carried out; the agent does not see them."""
-        reply = self.user.speak(self.messages[-1], self)
+        incoming = self.messages[-1]
         for _ in range(MAX_USER_STEPS):
-            if not reply.tool_calls:
-                break
-            for call in reply.tool_calls:
+            reply = self.user.speak(incoming, self)
+            reply.content = clean(reply.content)
+            for call in reply.tool_calls or []:
                 self.user_calls += 1
                 call.id = f"user_call_{self.user_calls}"  # tau2 wants ids that occur once
             self.messages.append(reply)
+            if not reply.tool_calls:
+                break
             results = [self._carry_out(call) for call in reply.tool_calls]
             self.errors += sum(result.error for result in results)
             incoming = MultiToolMessage(role="tool", tool_messages=results) if len(results) > 1 else results[0]
-            reply = self.user.speak(incoming, self)
         else:
             raise UserFailed(f"the user called tools {MAX_USER_STEPS} times without a word to the agent")
-        self.messages.append(reply)
         if any(word in reply.content for word in (STOP, TRANSFER, OUT_OF_SCOPE)):
             return self.stop("user_stop")
         return [{"role": "user", "content": reply.content}]

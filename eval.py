@@ -19,11 +19,12 @@ from typing import Annotated, Literal
 import joblib
 import tyro
 from annotated_types import MinLen
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field
 from tqdm import tqdm
 
 import checkpoint
 import distributed
+import environment
 import oracle  # sets what litellm reads when it is imported
 import policy
 import rollout
@@ -32,15 +33,26 @@ import users
 # isort: split
 import litellm
 
-from distributed import StopRun, all_gather_json, barrier, rank, world_size
+from distributed import Count, Few, Seed, StopRun, all_gather_json, barrier, rank, world_size
 from grpo import PASS, Trajectory
 from metrics import cl_metrics, measure, overall, text_metrics  # noqa: F401 (cl_metrics is a public name of eval)
 from report import compare, read_jsonl, show_conversations
+from text import reason, without_secrets
 
 MAX_INVALID_SHARE = 0.5  # of the conversations; with more environment errors the run stops
 AT_ONCE = 256  # conversations with a policy, on each rank
 API_AT_ONCE, API_RETRIES = 16, 3  # conversations with an agent behind an API; repetitions of a failed request
+MAX_TOKENS = 10**6  # of one answer, whatever its server claims
 Threshold = Annotated[float, Field(gt=0, le=1)]
+
+
+def _without_overflow(temperature):
+    if 0 < temperature < 0.01:
+        raise ValueError(f"a temperature must be 0, or at least 0.01, got {temperature}")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_without_overflow)]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -49,9 +61,9 @@ class Flags:
 
     eval_split: str = "test"
     """tau2's split to evaluate on. "train": the training tasks"""
-    eval_max_tasks: PositiveInt | None = None
+    eval_max_tasks: Count | None = None
     """evaluate on the first tasks of each domain only, this many"""
-    eval_trials: PositiveInt = 1
+    eval_trials: Few = 1
     """conversations per task in an evaluation"""
     pass_threshold: Threshold = PASS
     """a conversation passes with this reward or more. Default: tau2's, 1"""
@@ -59,15 +71,17 @@ class Flags:
 
 def score_and_record(episode, trajectory, evaluation_type="all") -> dict:
     """Sets the trajectory's reward and the episode's `reward_info`, and returns a record of the conversation as JSON.
-    If the environment or the evaluator failed, the trajectory becomes invalid and the record's reward is None."""
+    If the environment or the evaluator failed, the trajectory becomes invalid and the record's reward is None; if the
+    agent made it fail, the reward is 0 (see oracle.score). "error" is the reason of both."""
     parts, episode.reward_info = {}, None
     if trajectory.valid:
         try:
             episode.reward_info = oracle.score(episode, evaluation_type)
-            trajectory.reward = episode.reward_info.reward
+            trajectory.reward, trajectory.termination = episode.reward_info.reward, episode.termination
+            trajectory.error = (episode.reward_info.info or {}).get("error", "")  # what the agent has broken
             parts = oracle.reward_parts(episode.task, episode.reward_info, evaluation_type)
         except Exception as error:  # named in the record, and counted
-            trajectory.valid, trajectory.error = False, f"{type(error).__name__}: {error}"
+            trajectory.valid, trajectory.error = False, reason(error)
     return {
         "time": datetime.datetime.now().isoformat(timespec="seconds"),
         **{name: getattr(trajectory, name) for name in ("domain", "task_id", "termination", "error", "truncated")},
@@ -162,17 +176,22 @@ def play_api(episodes, llm, on_finish, temperature=0.7, max_new_tokens=2048, **l
             messages = [{"role": "system", "content": episode.system}, *episode.opening()]
             while not episode.done:
                 response = litellm.completion(llm, messages, tools=episode.tools, **limits, **llm_args)
+                if not response.choices:
+                    raise ValueError("the server's answer has no choices")
                 choice, usage = response.choices[0], response.get("usage")
-                trajectory.action_mask += [True] * (usage.completion_tokens if usage else 0)  # only their number counts
+                tokens = usage.completion_tokens if usage else 0
+                trajectory.action_mask += [True] * min(tokens, MAX_TOKENS)  # only their number counts
                 trajectory.truncated_turns += choice.finish_reason == "length"
-                said = {"role": "assistant", "content": choice.message.content or ""}
                 calls = [call.model_dump() for call in choice.message.tool_calls or []]
-                messages.append({**said, "tool_calls": calls} if calls else said)
-                for k, answer in enumerate(episode.act(messages[-1])):
-                    messages.append({**answer, "tool_call_id": calls[k]["id"]} if answer["role"] == "tool" else answer)
+                said = {"role": "assistant", "content": choice.message.content or ""}
+                said |= {"tool_calls": calls} if calls else {}
+                answers = episode.act(said)
+                for call, answer in zip(calls, answers, strict=False):  # a user answers without an id
+                    answer["tool_call_id"] = call["id"]
+                messages += environment.clean([said, *answers])
         except Exception as error:  # of the network, the server, or the user: named in the record, and counted
             trajectory.valid = False
-            trajectory.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            trajectory.error = reason(error)
             episode.stop("agent_error")
         trajectory.termination = episode.termination
         return episode, trajectory
@@ -208,15 +227,15 @@ class Args:
     """tau2's domains to evaluate on"""
     split: str | None = None
     """tau2's split. Default: as in the checkpoint's run, else test"""
-    max_tasks: PositiveInt | None = None
+    max_tasks: Count | None = None
     """evaluate on the first tasks of each split, this many. Default: as in the checkpoint's run, else all"""
-    num_trials: PositiveInt = 1
+    num_trials: Few = 1
     """conversations per task. pass^1 to pass^num_trials are reported"""
     user: str = "scripted"
     """scripted, scripted-tools, solo, a litellm name such as openai/NAME, or policy:PATH; see train.py"""
     user_api_base: str | None = None
     """address of an OpenAI-compatible server of the user's model"""
-    user_temperature: NonNegativeFloat = 0.0
+    user_temperature: Temperature = 0.0
     """sampling temperature of the user's model"""
     retrieval: str | None = None
     """how the agent of banking_knowledge (tau2 1.0) reads documents: bm25 (the default), bm25_grep, grep_only,
@@ -225,11 +244,11 @@ class Args:
     """litellm name of the model that judges assertions in words (retail in tau2 1.0). Default: they are left out"""
     judge_api_base: str | None = None
     """address of an OpenAI-compatible server of the judge"""
-    temperature: NonNegativeFloat | None = None
+    temperature: Temperature | None = None
     """sampling temperature. Default: as in the checkpoint's run, else 0.7"""
-    max_new_tokens: PositiveInt | None = None
+    max_new_tokens: Count | None = None
     """sampled tokens per agent turn. Default: as in the checkpoint's run, else 2048"""
-    max_turns: PositiveInt | None = None
+    max_turns: Count | None = None
     """agent turns per conversation. Default: as in the checkpoint's run, else 30"""
     model_dtype: Literal[*policy.DTYPES] | None = None
     """type to compute in. Default: as in the checkpoint's run, else bfloat16"""
@@ -237,7 +256,7 @@ class Args:
     """parts of tau2's reward that count. Default: as in the checkpoint's run, else all"""
     pass_threshold: Threshold | None = None
     """a conversation passes with this reward or more. Default: as in the checkpoint's run, else tau2's, 1"""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """seed of the sampling"""
     output: str | None = None
     """directory of results, whose trials are kept. Default: runs/evaluation_MODEL_SPLIT_USER, or runs/comparison"""
@@ -245,7 +264,7 @@ class Args:
     """instead, compare these finished runs: tables, CSV, pictures"""
     show: str | None = None
     """instead, print conversations of this run or evaluation, the smallest reward first"""
-    worst: PositiveInt = 5
+    worst: Count = 5
     """number of conversations to show"""
     task: str | None = None
     """show conversations of the task with this id only"""
@@ -259,6 +278,25 @@ def resolved(name, prefix="") -> str:
     return prefix + str(path.resolve()) if name.startswith(prefix) and path.is_dir() else name
 
 
+@dataclasses.dataclass(kw_only=True)
+class OfRun(policy.Flags, oracle.Flags, rollout.Flags, Flags):
+    """What an evaluation takes from the run that wrote a checkpoint."""
+
+    seed: Seed = 0
+    eval_tasks: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+
+def read_run(model: Path) -> dict:
+    """These settings of a checkpoint's run; defaults where there is none. Raises ValueError for a damaged file."""
+    path = model.resolve().parent.parent / "config.json"
+    try:
+        config = {**json.loads(path.read_bytes())} if model.is_dir() and path.is_file() else {}
+        kept = {f.name: config[f.name] for f in dataclasses.fields(OfRun) if f.name in config}
+        return vars(distributed.checked(OfRun, kept))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
 def complete(args: Args) -> tuple[Args, dict, dict]:
     """(args with their defaults, the settings that decide the outcome of a trial as JSON, tasks by domain). Raises
     ValueError for what cannot be evaluated."""
@@ -269,10 +307,9 @@ def complete(args: Args) -> tuple[Args, dict, dict]:
     model = Path(args.model_name_or_path)
     if (model / "training" / "state.json").is_file():
         checkpoint.verify(model, model_only=True)
-    run = model.resolve().parent.parent / "config.json"  # of the run that wrote this checkpoint
-    config = json.loads(run.read_text()) if model.is_dir() and run.is_file() else {}
-    chosen = config.get("eval_tasks", {}) if args.split is None and args.max_tasks is None else {}
-    of_run = {**USUAL, **config, "split": config.get("eval_split", USUAL["split"])}
+    config = read_run(model)
+    chosen = config["eval_tasks"] if args.split is None and args.max_tasks is None else {}
+    of_run = {**USUAL, **config, "split": config["eval_split"]}
     args = dataclasses.replace(args, **{name: of_run[name] for name in USUAL if getattr(args, name) is None})
     oracle.use_judge(args.judge, args.judge_api_base)
     oracle.use_retrieval(args.retrieval)
@@ -280,10 +317,12 @@ def complete(args: Args) -> tuple[Args, dict, dict]:
         "model": resolved(args.model_name_or_path),
         "user": resolved(args.user, "policy:"),
         **{name: getattr(args, name) for name in (*ASKED, *USUAL) if name != "pass_threshold"},
-        **{name: config.get(name) for name in LIMITS},
+        **{name: config[name] for name in LIMITS},
         **oracle.data_version(),
     }
-    cut = (args.max_tasks, config.get("train_split", oracle.Flags.train_split), config.get("seed", 0))
+    for name in ("api_base", "user_api_base"):  # a password in an address is given again, not kept
+        settings[name] = settings[name] and without_secrets(settings[name])
+    cut = (args.max_tasks, config["train_split"], config["seed"])
     tasks = {domain: oracle.load_tasks(domain, args.split, *cut) for domain in args.domains}
     tasks |= {d: [task for task in tasks[d] if task.id in chosen[d]] for d in tasks if d in chosen}
     return args, settings, tasks
@@ -302,7 +341,7 @@ def open_folder(folder, settings) -> list[dict]:
     path = folder / "config.json"
     if not path.is_file() and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no evaluation; choose another --output")
-    before = json.loads(path.read_text()) if path.is_file() else settings
+    before = json.loads(path.read_bytes()) if path.is_file() else settings
     for name, value in settings.items():
         made = before.get(name, USUAL.get(name))  # a version without this setting had its default
         if made != value:
@@ -329,14 +368,16 @@ def run_evaluation(args: Args):
     else:
         model, tokenizer = policy.load_policy(model, args.model_dtype, device)
         sampling |= {name: settings[name] for name in LIMITS}
-    known = open_folder(folder, settings)
     users.prepare(args.user, args.user_api_base, args.user_temperature, args.model_dtype, device, seed=args.seed)
+    for domain, task in [(d, task) for d in tasks for task in tasks[d]]:
+        oracle.Episode(domain, task, users.scripted_like(args.user), args.max_turns)  # ValueError: it cannot be played
+    known = open_folder(folder, settings)  # last: before it, nothing is written
 
     def keep(record, episode):
         simulation = oracle.simulation(episode, episode.reward_info, record["trial"], args.seed)
         record["simulation"] = simulation.model_dump(mode="json")
         del record["messages"]  # the simulation has them
-        with open(folder / f"trials_{rank()}.jsonl", "a") as lines:
+        with open(folder / f"trials_{rank()}.jsonl", "a", encoding="utf-8") as lines:
             lines.write("\n" + json.dumps(record))  # on a line of its own, even if a kill cut the last one short
 
     trials = []
@@ -356,7 +397,7 @@ def run_evaluation(args: Args):
         oracle.tau2_results(domain, tasks[domain], simulations, **about).save(folder / "tau2" / f"{domain}.json")
     table, header = text_metrics(metrics), [f"{args.split} split", f"{args.user} user", settings["tau2"]]
     header += [f"{args.evaluation_type} part of the reward only"] if args.evaluation_type != "all" else []
-    (folder / "table.md").write_text(table + "\n")
+    distributed.write_text(folder / "table.md", table + "\n")
     print(f"{settings['model']}, {', '.join(header)}\n\n{table}\n\n{folder}")
 
 
@@ -371,7 +412,7 @@ def main():
         else:
             run_evaluation(args)
     except (ValueError, OSError, StopRun) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
+        print(f"eval.py: {distributed.one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -20,7 +20,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,6 +28,7 @@ import distributed
 import policy
 from algorithm import CLAlgorithm
 from replay import Buffer, add, sample
+from text import printable
 from vae import VAE, ConvVAE, TokenVAE, elbo_loss, frozen, make_generator  # noqa: F401 (some are for readers)
 
 VOCABULARY = 8192  # distinct tokens that the generator has room for
@@ -40,22 +41,22 @@ BATCH = 16  # windows of the domain per update of the generator, and as many gen
 class Flags:
     """Generative replay (generative_replay)."""
 
-    replay_weight: PositiveFloat = 4.0
+    replay_weight: distributed.Positive = 4.0
     """weight of the KL to the previous domain's policy, times 1 - 1/n in the n-th domain"""
-    window: Annotated[int, Field(ge=2)] = 256
+    window: Annotated[int, Field(ge=2, le=10**6)] = 256
     """tokens of a window. A window should include the message being answered"""
-    window_batch: PositiveInt = 32
+    window_batch: distributed.Count = 32
     """generated windows per optimiser step: the batch size of replay"""
-    memory_size: PositiveInt = 500
+    memory_size: distributed.Count = 500
     """windows of the current domain that are kept for the generator until the domain ends"""
-    generator_update_freq: PositiveFloat = 1 / 6
+    generator_update_freq: Annotated[float, Field(ge=1e-3, le=1e6)] = 1 / 6
     """GRPO steps per update of the generator; below 1, several updates a step. With 5, the embedded run forgets its
     first domain entirely: the generator has three updates to learn a domain (docs/results.md)"""
     generator_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """dropout of the generator. 0.1 made no measurable difference (docs/results.md)"""
-    generator_hidden_dims: list[PositiveInt] = field(default_factory=lambda: [256])
+    generator_hidden_dims: list[distributed.Units] = field(default_factory=lambda: [256])
     """units of the generator's hidden layers. A second one of 128 made no measurable difference (docs/results.md)"""
-    generator_components: NonNegativeInt = 10
+    generator_components: distributed.CountOrZero = 10
     """Gaussians of the prior that is fitted for each domain when one ends. 0: the prior is N(0, 1)"""
 
 
@@ -340,7 +341,7 @@ class GenerativeReplayCL(CLAlgorithm):
         if raw:
             self.count(domain, "equal to the nearest real window", self.likeness(torch.stack(raw), domain))
         if distributed.rank() == 0:
-            (trainer.run / f"generated_after_{domain}.txt").write_text(self.show_windows(trainer.tokenizer))
+            distributed.write_text(trainer.run / f"generated_after_{domain}.txt", self.show_windows(trainer.tokenizer))
 
     def samples(self, condition, number, *purpose) -> Tensor:
         with self.seeded(*purpose):
@@ -363,7 +364,7 @@ class GenerativeReplayCL(CLAlgorithm):
                 pieces = itertools.groupby(symbols, key=lambda symbol: symbol % 2)
                 texts = ((acts, tokenizer.decode([symbol // 2 for symbol in piece])) for acts, piece in pieces)
                 shown.append(f"[{self.order[k]}] " + "".join(f"<<{text}>>" if acts else text for acts, text in texts))
-        return "\n\n".join(shown) + "\n"
+        return printable("\n\n".join(shown), keep="\n") + "\n"
 
     def number(self, conversations):
         """Gives new symbols a number, in sorted order: the numbers do not tell which symbol followed which."""

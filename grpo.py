@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field
 from torch import Tensor
+
+from distributed import Positive, Weight
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"]
 AdvantageScale = Literal["group", "batch", "none"]
@@ -44,9 +46,9 @@ class Flags:
     """divide advantages by the standard deviation of the group or of the batch, or do not divide"""
     epsilon_low: Share = 0.2
     """lower clip of the ratio"""
-    epsilon_high: PositiveFloat | None = None
+    epsilon_high: Positive | None = None
     """upper clip of the ratio. Default: 0.28; for cispo 5, an absolute cap"""
-    kl_coef: NonNegativeFloat = 0.1
+    kl_coef: Weight = 0.1
     """weight of the KL penalty to the reference policy"""
     kl_reference: Literal["domain", "initial"] | None = None
     """domain: the policy at the start of the domain's GRPO; initial: the policy before any training, which with LoRA

@@ -10,6 +10,7 @@ import pandas as pd
 
 import oracle
 from grpo import PASS
+from text import markdown
 
 
 def pass_hat_k(successes, trials, k) -> float:
@@ -147,11 +148,11 @@ def text_metrics(metrics) -> str:
     columns = {}
     for domain, v in metrics.items():
         found, floor = v.get("reward_parts", {}), v.get("do_nothing_parts", {})
-        columns[domain] = {
+        columns[markdown(domain)] = {
             "reward (doing nothing)": f"{v['reward_mean']:.3f} ({text(v['do_nothing_rate'])})",
             "95% interval": f"{v['reward_low']:.3f} ... {v['reward_high']:.3f}",
             **{f"pass^{n.removeprefix('pass_hat_')}": f"{v[n]:.3f}" for n in v if n.startswith("pass_hat_")},
-            **{f"part {p}": f"{found[p]:.3f} ({text(floor.get(p))})" if p in found else "" for p in parts},
+            **{f"part {markdown(p)}": f"{found[p]:.3f} ({text(floor.get(p))})" if p in found else "" for p in parts},
             "gold actions taken": f"{v['tool_accuracy']:.3f}",
             "turns": f"{v['turns']:.1f}",
             "truncated": f"{v['truncated']:.3f}",

@@ -24,11 +24,13 @@ from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 import environment
+from distributed import Count
 from environment import V1, all_tasks, changes, gold_changes, make_env, registry  # noqa: F401
 from episode import MAX_ERRORS, STOP, Episode, is_solo
+from text import printable, reason, without_secrets
 from users import scripted_like, served_at
 
 # isort: split
@@ -52,7 +54,7 @@ class Flags:
 
     task_order: list[str] = field(default_factory=lambda: list(DOMAINS))
     """the domains, in the order of training"""
-    max_tasks_per_domain: PositiveInt | None = None
+    max_tasks_per_domain: Count | None = None
     """train on the first tasks of each domain, this many. Default: all. The embedded policy takes the shortest"""
     train_split: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """share of the tasks to train on, in a domain without splits of its own"""
@@ -65,7 +67,7 @@ class Flags:
     """scripted (telecom in tau2's solo mode), scripted-tools (telecom with the user's own tools), or solo. For tau2's
     simulated user: a litellm name such as openai/NAME (the environment variable OPENAI_BASE_URL names a server of your
     own), or policy:PATH for a local model"""
-    max_turns: PositiveInt = 30
+    max_turns: Count = 30
     """agent turns per conversation"""
 
 
@@ -189,23 +191,51 @@ def _graded(task) -> Task:
     return V1.graded(task) if V1 else task
 
 
+def _evaluate(episode, evaluation_type) -> RewardInfo:
+    run = SimpleNamespace(messages=episode.messages, termination_reason=TerminationReason(episode.termination))
+    _SCORED.set(episode)
+    kind = evaluator.EvaluationType(evaluation_type)
+    return evaluator.evaluate_simulation(run, _graded(episode.task), kind, episode.solo, LIVE)
+
+
+def _breaks(episode) -> bool:
+    """Whether tau2's evaluator raises on the state that the episode has left. No server takes part in this."""
+    try:
+        _evaluate(episode, "env")
+    except Exception:  # whatever the domain's own code raises
+        return True
+    return False
+
+
 def score(episode: Episode, evaluation_type="all", verify=False) -> RewardInfo:
     """tau2's RewardInfo of a finished episode, equal to evaluate_simulation(..., evaluation_type, ...).
+
+    tau2's evaluator raises on some states, for example if an assertion reads a record that is not there. If it can
+    grade the task's gold conversation, the agent is to blame: the episode then counts as ended by "agent_error", for
+    which tau2's reward is 0, and `info["error"]` is the reason.
 
     `evaluation_type`: one of EvaluationType, or another of tau2's. `verify`: replay the conversation in tau2, and raise
     RuntimeError if the rewards differ. Raises ValueError for an unfinished episode or an unknown type.
     """
     if not episode.done:
         raise ValueError(f"the episode of task {episode.task.id} is not finished")
-    run = SimpleNamespace(messages=episode.messages, termination_reason=TerminationReason(episode.termination))
-    _SCORED.set(episode)
-    kind = evaluator.EvaluationType(evaluation_type)
-    reward_info = evaluator.evaluate_simulation(run, _graded(episode.task), kind, episode.solo, LIVE)
+    broken = {}
+    try:
+        reward_info = _evaluate(episode, evaluation_type)
+    except Exception as error:
+        gold_user = "solo" if episode.solo else "scripted-tools"
+        if not _breaks(episode) or _breaks(demonstrate(episode.domain, episode.task, gold_user)):
+            raise
+        broken["error"] = reason(error)
+        episode.termination = TerminationReason.AGENT_ERROR.value
+        reward_info = _evaluate(episode, evaluation_type)
     if verify:
         theirs = tau2_score(episode, evaluation_type)
         if theirs.model_dump() != reward_info.model_dump():
             name = f"{episode.domain} task {episode.task.id}"
             raise RuntimeError(f"reward of {name} differs: {reward_info}, tau2 says {theirs}")
+    if broken:
+        reward_info.info = {**(reward_info.info or {}), **broken}
     return reward_info
 
 
@@ -314,8 +344,7 @@ def agent_turns(episode: Episode) -> list[dict]:
 
 
 def _do_nothing(domain, task, user="scripted", evaluation_type="all") -> RewardInfo | None:
-    """The reward of an agent that does nothing. None if an assertion of the task raises then: it may need a record that
-    the agent has to make."""
+    """The reward of an agent that does nothing. None if tau2 cannot grade the task."""
     episode = Episode(domain, task, user)
     while not episode.done:
         episode.act(DONE if episode.solo else {"content": "I understand."})
@@ -428,7 +457,7 @@ def main():
     try:
         tyro.cli(show)
     except ValueError as error:
-        print(f"oracle.py: {error}", file=sys.stderr)
+        print(f"oracle.py: {printable(without_secrets(error))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

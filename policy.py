@@ -21,7 +21,6 @@ import distributed  # sets what transformers reads when it is imported
 import torch
 import torch.distributed as dist
 import transformers
-from pydantic import NonNegativeInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
@@ -54,7 +53,7 @@ class Flags:
     weights_dtype: Literal[*DTYPES] = "float32"
     """type of trained weights, their gradients and moments. bfloat16 halves their memory and loses updates of less than
     0.4% of a weight, which at a rate of 1e-6 are nearly all. LoRA's adapters are always float32"""
-    lora_rank: NonNegativeInt = 0
+    lora_rank: distributed.CountOrZero = 0
     """train LoRA adapters of this rank instead of every weight"""
     attn_implementation: str | None = None
     """eager, sdpa, flash_attention_2, ... Default: what transformers chooses"""
@@ -208,7 +207,7 @@ def _check_directory(name_or_path):
         raise ValueError(f"cannot load a model from {name_or_path!r}: there is no such directory")
     config = path / "adapter_config.json"
     if config.is_file():
-        base = json.loads(config.read_text()).get("base_model_name_or_path") or ""
+        base = json.loads(config.read_bytes()).get("base_model_name_or_path") or ""
         if Path(base).is_absolute() and not Path(base).is_dir():
             raise ValueError(f"cannot load the adapter {name_or_path}: its base model {base} is not there")
 

@@ -18,22 +18,21 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from pydantic import NonNegativeFloat
 from torch import Tensor
 
 import distributed
 import policy
 from algorithm import CLAlgorithm
-from distributed import say
+from distributed import Weight, say
 
 
 @dataclass
 class Flags:
     """EWC and LwF, alone or beside any algorithm."""
 
-    ewc_lambda: NonNegativeFloat | None = None
+    ewc_lambda: Weight | None = None
     """add EWC with this weight. Default: none; 1 with ewc and online_ewc"""
-    lwf_coef: NonNegativeFloat | None = None
+    lwf_coef: Weight | None = None
     """add LwF, the KL to the previous domain's policy, with this weight. Default: none; 0.01 with lwf"""
 
 

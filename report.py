@@ -5,10 +5,10 @@ Data flow: summary.json and metrics.jsonl -> report.md and pictures; many summar
 
 import contextlib
 import json
-import re
 import textwrap
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -16,7 +16,9 @@ from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit  # scipy.stats.t.ppf, without the second that scipy.stats takes to import
 
 from distributed import write_text
+from text import markdown, printable
 
+PLAIN = matplotlib.rc_context({"text.parse_math": False})  # a name with two dollar signs is no formula
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, for colour-blind readers
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))  # tell lines apart in greyscale
@@ -32,7 +34,7 @@ def interval(values) -> tuple[float, float]:
 def read_jsonl(path) -> list[dict]:
     """The records of a file with one JSON object a line. A line that a kill cut short is left out."""
     records = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(encoding="utf-8").split("\n"):
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return records
@@ -53,9 +55,9 @@ def text_matrix(summary) -> str:
     return matrix(summary).to_string(float_format="{:.2f}".format, col_space=9, na_rep="n/a")
 
 
-def markdown(table, name, floatfmt=".3f") -> str:
+def text_table(table, name, floatfmt=".3f") -> str:
     """The table in Markdown; `name`: the title of its index."""
-    table = table.astype(object).where(table.notna(), None).rename_axis(name)
+    table = table.astype(object).where(table.notna(), None).rename(markdown).rename(columns=markdown).rename_axis(name)
     return table.to_markdown(floatfmt=floatfmt, missingval="n/a")
 
 
@@ -72,26 +74,27 @@ def text_forgetting(summary) -> list[str]:
     lines = []
     for domain, scores in pd.DataFrame(summary["R"], summary["stages"], summary["task_order"]).iloc[:, :-1].items():
         best, worst, lost = scores[:-1].idxmax(), scores.diff().idxmin(), -scores.diff().min()
-        line = f"- {domain}: {scores[best]:.2f} after {best}, {scores.iloc[-1]:.2f} at the end"
-        lines.append(line + (f"; most was lost while training {worst} ({lost:.2f})" if lost > 0 else ""))
+        line = f"{domain}: {scores[best]:.2f} after {best}, {scores.iloc[-1]:.2f} at the end"
+        line += f"; most was lost while training {worst} ({lost:.2f})" if lost > 0 else ""
+        lines.append(f"- {markdown(line)}")
     return lines
 
 
 def write_report(run):
     """Writes report.md, learning_curves.png and transfer_matrix.png from a run's summary.json and metrics.jsonl."""
     run = Path(run)
-    summary = json.loads((run / "summary.json").read_text())
+    summary = read_summary(run)
     transfer_matrix(summary).savefig(run / "transfer_matrix.png")
     learning_curves({" | ".join(summary["stages"]): [run]}).savefig(run / "learning_curves.png")
     at_end = pd.DataFrame(summary["evaluation"]).loc[AT_END].T.astype(float)
     metrics = pd.Series(summary["metrics"], dtype=float).dropna().to_frame("value")
     parts = [
-        f"# {run.name}",
-        f"{summary['cl_algorithm']} on {' -> '.join(summary['task_order'])}: {summary['note']}",
-        markdown(matrix(summary), "mean reward"),
-        markdown(at_end, "at the end"),
-        markdown(metrics, "metric"),
-        markdown(lifts(summary), "domain", ("", ".3f", ".3f", "+.3f")),
+        f"# {markdown(run.name)}",
+        markdown(f"{summary['cl_algorithm']} on {' -> '.join(summary['task_order'])}: {summary['note']}"),
+        text_table(matrix(summary), "mean reward"),
+        text_table(at_end, "at the end"),
+        text_table(metrics, "metric"),
+        text_table(lifts(summary), "domain", ("", ".3f", ".3f", "+.3f")),
         "![learning curves](learning_curves.png)",
         "![transfer matrix](transfer_matrix.png)",
         "What was forgotten, and when:",
@@ -104,6 +107,7 @@ def write_report(run):
     write_text(run / "report.md", "\n\n".join(parts) + "\n")  # last, because a run with a report is complete
 
 
+@PLAIN
 def transfer_matrix(summary):
     """The transfer matrix as a picture. The domain that a stage trained is bold."""
     frame = matrix(summary)
@@ -171,6 +175,7 @@ def draw_curves(axes, runs):
     axes.set(ylim=(-0.03, 1.03))
 
 
+@PLAIN
 def learning_curves(groups):
     """A panel for each group, {title: folders of runs that differ in seed}: learning curves (see `draw_curves`) if each
     run has its metrics.jsonl, else mean rewards after each stage."""
@@ -198,10 +203,19 @@ NEEDED = {"cl_algorithm", "seed", "task_order", "stages", "R", "baseline", "warm
 NEEDED |= {"minutes", "bytes_kept", "config"}
 
 
+def cleaned(value):
+    """JSON whose strings are printable: a run from elsewhere may hold any."""
+    if isinstance(value, dict):
+        return {printable(name): cleaned(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [cleaned(v) for v in value]
+    return printable(value) if isinstance(value, str) else value
+
+
 def read_summary(run) -> dict:
-    """summary.json of a finished run. Raises ValueError if there is none, or it is damaged."""
+    """summary.json of a finished run, see `cleaned`. Raises ValueError if there is none, or it is damaged."""
     try:
-        summary = json.loads((Path(run) / "summary.json").read_text())
+        summary = cleaned(json.loads((Path(run) / "summary.json").read_bytes()))
         if missing := NEEDED - set(summary):
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except (OSError, ValueError, TypeError) as error:
@@ -262,7 +276,7 @@ def compare(runs, output) -> str:
     if base is not None:
         rows[time] = groups[time].mean().map("{:.2f}".format)
     rows["kept, kB"] = (groups.bytes_kept.mean() / 1000).map("{:.1f}".format)
-    parts = [rows.to_markdown(disable_numparse=True), *([note] if note else [])]
+    parts = [rows.rename(markdown).to_markdown(disable_numparse=True), *([markdown(note)] if note else [])]
     metrics = ["forgetting", "average"]
     others = table[table.algorithm != base].copy()
     others[metrics] -= of_base[metrics].reindex(others.seed).to_numpy()
@@ -270,14 +284,17 @@ def compare(runs, output) -> str:
     if len(pairs):
         rows = pairs[metrics].agg(cell, form="+.2f")
         rows.insert(0, "seeds", pairs.size())
-        parts.append(rows.rename_axis("difference from sequential").to_markdown(disable_numparse=True))
+        rows = rows.rename(markdown).rename_axis("difference from sequential")
+        parts.append(rows.to_markdown(disable_numparse=True))
     text = "\n\n".join(parts)
+    pictures = {"comparison.png": forgetting_over_time(groups, time)}
+    pictures["learning_curves.png"] = learning_curves({name: group.index for name, group in groups})
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "comparison.md").write_text(text + "\n")
+    write_text(output / "comparison.md", text + "\n")
     table.to_csv(output / "comparison.csv", index=False)
-    forgetting_over_time(groups, time).savefig(output / "comparison.png")
-    learning_curves({name: group.index for name, group in groups}).savefig(output / "learning_curves.png")
+    for name, picture in pictures.items():
+        picture.savefig(output / name)
     return text
 
 
@@ -289,9 +306,10 @@ def cell(values, form=".2f") -> str:
 def least_lift(group) -> str:
     """The smallest mean lift of a group's domains, and which domain that is."""
     lift = group.filter(like="lift of ").mean().dropna()
-    return f"{lift.min():+.2f} ({lift.idxmin().removeprefix('lift of ')})" if len(lift) else ""
+    return f"{lift.min():+.2f} ({markdown(lift.idxmin().removeprefix('lift of '))})" if len(lift) else ""
 
 
+@PLAIN
 def forgetting_over_time(groups, time):
     """Forgetting against the column `time`: means over seeds, with 95% intervals. Down and left is better."""
     figure = Figure((6.4, max(2.8, 0.3 * len(groups) + 1.0)), 200, layout="constrained")
@@ -328,15 +346,16 @@ def text_conversation(record, unfold=False) -> str:
         return line if unfold or len(line) <= 100 else f"{line[:100]} ... ({len(line)} characters)"
 
     where = ", ".join(f"{name} {record[name]}" for name in ("global_step", "trial") if name in record)
-    lines = [f"{record['domain']} task {record['task_id']}, {where}"]
+    lines = [printable(f"{record['domain']} task {record['task_id']}, {where}")]
     for message in record["messages"] if "messages" in record else record["simulation"]["messages"]:
         role, text = message["role"], message.get("content")
         if text:
-            lines.append(f"[{role}] {fold(text) if role == 'tool' else text}")
+            first, *rest = (fold(text) if role == "tool" else text).split("\n")
+            # Only a message begins at the left margin: a text cannot forge another one's.
+            lines += [printable(f"[{role}] {first}"), *(f"    {printable(line)}" for line in rest)]
         for call in message.get("tool_calls") or []:
-            lines.append(f"[{role}] {call['name']}({fold(json.dumps(call['arguments']))})")
+            lines.append(printable(f"[{role}] {call['name']}({fold(json.dumps(call['arguments']))})"))
     parts = ", ".join(f"{name} {value:g}" for name, value in record["reward_parts"].items())
     accuracy = "" if record["tool_accuracy"] is None else f"; gold actions taken: {record['tool_accuracy']:.2f}"
-    lines.append(f"reward {record['reward']:g} ({parts}); ended by {record['termination']}{accuracy}")
-    # A model's text may hold codes that steer a terminal.
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", "\n".join(lines))
+    lines.append(printable(f"reward {record['reward']:g} ({parts}); ended by {record['termination']}{accuracy}"))
+    return "\n".join(lines)

@@ -12,18 +12,20 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import ContinuousBatchingConfig
 
 from chat import ChatFormat
+from distributed import Count
 from grpo import Trajectory, micro_batches
 from policy import autocast, is_sharded, plain_copy
+from text import reason
 
 Engine = Literal["auto", "padded", "paged"]
 SLOW_AT_ONCE = 32  # episodes that wait for a server at the same time
@@ -35,15 +37,15 @@ PAGE = 16  # tokens of the paged engine's cache; an incomplete page is computed 
 class Flags:
     """Rollouts."""
 
-    temperature: PositiveFloat = 0.7
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 0.7
     """sampling temperature, in rollouts and in the loss"""
-    max_new_tokens: PositiveInt = 2048
+    max_new_tokens: Count = 2048
     """sampled tokens per agent turn"""
-    max_context: PositiveInt | None = None
+    max_context: Count | None = None
     """tokens per conversation. Default: what the model allows"""
-    max_user_tokens: PositiveInt | None = None
+    max_user_tokens: Count | None = None
     """cut longer user messages"""
-    max_tool_tokens: PositiveInt | None = None
+    max_tool_tokens: Count | None = None
     """cut longer tool results"""
     rollout_engine: Engine = "auto"
     """paged (continuous batching), padded, or auto: paged on a GPU, padded elsewhere"""
@@ -136,7 +138,7 @@ class _Conversation:
 
     def _fail(self, error):
         self.trajectory.valid = False
-        self.trajectory.error = f"{type(error).__name__}: {error}"
+        self.trajectory.error = reason(error)
         return self.finish("environment_error")
 
     def finish(self, termination):

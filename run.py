@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from pydantic import PositiveInt
 
 import checkpoint
 import distributed
@@ -30,6 +29,7 @@ from distributed import StopRun, all_gather_json, append_jsonl, rank, say, world
 from grpo import TaskRef, Trajectory
 from metrics import cl_metrics, transfer_so_far
 from replay import TrajectoryBuffer
+from text import printable, without_secrets
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,7 @@ class Flags:
     """directory of all runs"""
     resume: str | None = None
     """continue the run in this directory from its last checkpoint, with its own settings"""
-    checkpoint_every: PositiveInt = 10
+    checkpoint_every: distributed.Count = 10
     """GRPO steps between checkpoints"""
     tracker: tracking.Tracker | None = None
     """also log to TensorBoard, into the run's directory, or to Weights & Biases (package tensorboard, and wandb)"""
@@ -253,12 +253,11 @@ def read_config(kind, run: Path):
     if (run / "report.md").exists():
         raise ValueError(f"cannot resume {run}: it is finished; see {run / 'report.md'}")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
         settings = kind(**{f.name: config[f.name] for f in dataclasses.fields(kind)})
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"cannot resume {run}: {path} is damaged ({type(error).__name__}: {distributed.one_line(error)})"
-        ) from error
+        why = f"{type(error).__name__}: {distributed.one_line(error)}"
+        raise ValueError(f"cannot resume {run}: {path} is damaged ({why})") from error
     return settings, config
 
 
@@ -266,9 +265,8 @@ def check_own_code(given, args, config):
     """Raises ValueError unless the user of --resume names the code that the run's config.json names, and it is the
     same: a run from elsewhere must not bring code along."""
     if given.cl_algorithm != args.cl_algorithm:
-        raise ValueError(
-            f"{given.resume} runs code of its own; if you trust it, add --cl_algorithm {args.cl_algorithm}"
-        )
+        flag = f"--cl_algorithm {args.cl_algorithm}"
+        raise ValueError(f"{given.resume} runs code of its own; if you trust it, add {flag}")
     path = Path(args.cl_algorithm.rpartition(":")[0])
     if path.is_file() and checkpoint.sum_of(path) != config["algorithm_sum"]:
         raise ValueError(f"{path} has changed since {given.resume} was started (its sha256 is not algorithm_sum there)")
@@ -299,7 +297,7 @@ def command_line() -> str | None:
     if script.suffix != ".py":
         return None
     launcher = ["torchrun", f"--nproc_per_node={world_size()}"] if world_size() > 1 else ["python"]
-    return shlex.join([*launcher, script.name, *sys.argv[1:]])
+    return without_secrets(shlex.join([*launcher, script.name, *sys.argv[1:]]))
 
 
 # --------------------------------------------------------------------------------------------------------------- logs
@@ -432,7 +430,7 @@ def end_of_domain(trainer: Trainer):
     if found:
         say(f"statistics of {trainer.args.cl_algorithm} after {stage}")
     for name, value in found.items():
-        say(f"  {name}: {value}")
+        say(printable(f"  {name}: {value}"))
     transfer = transfer_so_far(trainer.state["R"]) if trainer.stages == order else {}
     log(trainer, {"kind": "transfer", "domain": trainer.domain, **transfer, "statistics": found})
 
@@ -475,7 +473,7 @@ def finish(trainer: Trainer) -> dict:
         "ranks": world_size(),
         "versions": versions,
         "config": dataclasses.asdict(args),
-        "command": json.loads((run / "config.json").read_text())["command"],
+        "command": json.loads((run / "config.json").read_bytes())["command"],
     }
     if rank() == 0:
         write_json(run / "summary.json", summary)

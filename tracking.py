@@ -48,12 +48,17 @@ def step_metrics(trainer, records, clock) -> dict:
 
 
 def check(name: Tracker | None):
-    """Raises ValueError for a tracker whose package is not installed."""
+    """Raises ValueError for a tracker whose package is not installed, and for Weights & Biases without a key."""
     for package in NEEDED.get(name, ()):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"--tracker {name} needs the package {package}, which is not installed: pip install {package}"
-            )
+            needs = f"--tracker {name} needs the package {package}"
+            raise ValueError(f"{needs}, which is not installed: pip install {package}")
+    if name == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        if not wandb.login(prompt=False, verify=False):
+            raise ValueError("--tracker wandb has no key: run `wandb login`, or set WANDB_MODE=offline")
 
 
 def open_writer(args, run):
@@ -69,7 +74,10 @@ def open_writer(args, run):
         about = {"name": run.name, "id": run.name, "resume": "allow", "dir": str(run)}
         about["project"] = os.environ.get("WANDB_PROJECT", PROJECT)
         quiet = wandb.Settings(silent=True, console="off")
-        wandb.init(**about, config=dataclasses.asdict(args), settings=quiet, sync_tensorboard=True)
+        try:
+            wandb.init(**about, config=dataclasses.asdict(args), settings=quiet, sync_tensorboard=True)
+        except wandb.Error as error:
+            raise ValueError(f"--tracker wandb: {error}") from error
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(run / "tensorboard")

@@ -28,7 +28,7 @@ import pydantic
 import torch
 import torch.distributed as dist
 import tyro
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 from tqdm import tqdm
 
 import checkpoint
@@ -44,9 +44,10 @@ import run
 import tracking
 import users
 from algorithm import CLAlgorithm
-from distributed import CHECKED, StopRun, say
+from distributed import CHECKED, Count, CountOrZero, Few, LearningRate, Positive, Seed, StopRun, say
 from grpo import TaskRef, Trajectory
 from run import Trainer
+from text import print_safely
 
 ALGORITHMS = {
     "sequential": replay.SequentialCL,
@@ -68,34 +69,34 @@ class Flags:
     cl_algorithm: str = "sequential"
     """sequential, joint, replay, adaptive_replay, generative_replay, ewc, online_ewc, lwf, or
     path/to/file.py:MyAlgorithm"""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
     """seed of every random draw"""
-    batch_size_per_gpu: PositiveInt = 4
+    batch_size_per_gpu: Count = 4
     """tasks per rank and accumulation step: a step has this x gradient_accumulation_steps x ranks tasks"""
-    gradient_accumulation_steps: PositiveInt = 2
+    gradient_accumulation_steps: Few = 2
     """rollouts of a step, one after the other. With more of them and a smaller batch_size_per_gpu, a step has the same
     tasks and a rollout needs less memory"""
-    micro_batch_tokens: PositiveInt = 16384
+    micro_batch_tokens: Count = 16384
     """tokens of one forward and backward pass, padding included. Affects memory, not the gradient"""
-    num_iterations: PositiveInt = 1
+    num_iterations: Few = 1
     """optimiser steps on the same rollouts"""
-    num_samples_per_prompt: PositiveInt = 4
+    num_samples_per_prompt: Count = 4
     """conversations per task: the group of GRPO"""
-    num_steps_per_task: NonNegativeInt = 100
+    num_steps_per_task: CountOrZero = 100
     """GRPO steps per domain"""
-    learning_rate: PositiveFloat = 1e-6
+    learning_rate: LearningRate = 1e-6
     """learning rate of GRPO (AdamW, no weight decay)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """course of the rate over each domain's GRPO steps; linear and cosine end at 0"""
     lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """multiply both learning rates by lr_decay**n after n conversations"""
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: Positive = 1.0
     """clip gradients to this norm"""
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: CountOrZero = 0
     """supervised steps on gold demonstrations before each domain's GRPO, at most"""
-    warmup_target: PositiveFloat | None = None
+    warmup_target: Positive | None = None
     """end the warm start as soon as the mean reward of sampled conversations reaches this"""
-    warmup_learning_rate: PositiveFloat = 1e-5
+    warmup_learning_rate: LearningRate = 1e-5
     """learning rate of the warm start"""
 
 
@@ -438,7 +439,7 @@ def main(job=lambda: train(parse_args()), script="train.py"):
         lost = isinstance(error, dist.DistBackendError) or "gloo/transport" in str(error)
         code, text = 1, f"{script}: lost the connection to another rank" if lost else traceback.format_exc()
     if text and (code < 128 or distributed.rank() == 0):
-        tqdm.write((f"[rank {distributed.rank()}] " if distributed.rank() > 0 else "") + text, file=sys.stderr)
+        print_safely((f"[rank {distributed.rank()}] " if distributed.rank() > 0 else "") + text, file=sys.stderr)
     if code and distributed.world_size() > 1:
         os._exit(code)  # without waiting for the others in a destructor: torchrun stops them then
     if dist.is_initialized():

@@ -7,24 +7,30 @@ USERS holds every user by name. To add one, write a class (a subclass of Scripte
 import concurrent.futures
 import functools
 import json
+import logging
 import os
 import queue
 import re
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from environment import checked_call, parse_arguments  # sets what tau2 reads when it is imported
+from environment import MAX_CALLS, MAX_TEXT, checked_call, clean  # sets what tau2 reads when it is imported
+from text import reason
 
 # isort: split
 from tau2.data_model.message import MultiToolMessage, ToolCall, UserMessage
 from tau2.data_model.tasks import Task
 from tau2.environment.environment import Environment
 from tau2.user.user_simulator import OUT_OF_SCOPE, STOP, TRANSFER, UserSimulator, is_valid_user_history_message
+from tau2.utils import llm_utils
 
-MAX_CALLS = 10  # tool calls of a scripted user in one turn
+# Both would print parts of a server's answer as they are, control characters too.
+llm_utils.print = lambda *_: None
+logging.getLogger("LiteLLM").setLevel(logging.CRITICAL)
 
-
+SCRIPTED_CALLS = 10  # tool calls of a scripted user in one turn
 _FIRST_PERSON = [
     (r"\byou are\b", "I am"),
     (r"\byou're\b", "I'm"),
@@ -95,14 +101,11 @@ class ScriptedUser:
         """The user's tool calls that the agent's text asks for."""
         calls = []
         for match in self.pattern.finditer(text):
-            arguments, rest = {}, text[match.end() :].lstrip()
-            if rest.startswith("{"):
-                try:
-                    arguments = parse_arguments(json.JSONDecoder().raw_decode(rest)[0])
-                except (ValueError, RecursionError):
-                    continue
-            calls.append(ToolCall(id="", name=match.group(1), arguments=arguments, requestor="user"))
-        return calls[:MAX_CALLS]
+            rest = text[match.end() :].lstrip()
+            with suppress(ValueError, RecursionError):
+                arguments = json.JSONDecoder().raw_decode(rest)[0] if rest.startswith("{") else {}
+                calls.append(checked_call({"function": {"name": match[1], "arguments": arguments}}, "", "user"))
+        return calls[:SCRIPTED_CALLS]
 
     def speak(self, incoming, episode) -> UserMessage:
         """The answer to `incoming`: the agent's message, or the results of the user's tool calls. May call tools."""
@@ -150,17 +153,18 @@ class SimulatedUser:
             state = self.state.model_copy(update={"messages": list(self.state.messages)})
             try:
                 message, state = self.generate(incoming, state)
-                if not message.tool_calls and not (message.content or "").strip():
+                said, calls = clean(message.content or ""), message.tool_calls or []
+                if not calls and not said.strip():
                     raise ValueError("the answer is empty")
-                calls = [checked_call(call, call.id) for call in message.tool_calls or []]
+                if len(said) > MAX_TEXT or len(calls) > MAX_CALLS:
+                    raise ValueError(f"the answer has more than {MAX_TEXT} characters or {MAX_CALLS} tool calls")
+                message.tool_calls = [checked_call(call, call.id, "user") for call in calls] or None
             except Exception as error:  # of the network, of the server, of the model's text
                 failure = error
                 continue
-            message.tool_calls = [call.model_copy(update={"requestor": "user"}) for call in calls] or None
             message.raw_data, self.state = None, state
             return message
-        reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
-        raise UserFailed(f"the user {self.simulator.llm} failed {self.TRIES} times: {reason}") from failure
+        raise UserFailed(f"the user {self.simulator.llm} failed {self.TRIES} times: {reason(failure)}") from failure
 
 
 class LocalUser(SimulatedUser):

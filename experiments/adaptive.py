@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
 
+from distributed import Count, Seed
 from experiments import runner
 from grpo import TaskRef, Trajectory
 from replay import AdaptiveReplayCL
@@ -34,9 +34,9 @@ CASES = list(product((0.1, 0.3, 0.5, 0.7, 0.9), (4, 16), (1, 2)))  # pass rate, 
 class Args:
     """Simulates adaptive replay, without forgetting and with a fall that is mended."""
 
-    seeds: list[int] = field(default_factory=lambda: list(range(30)))
+    seeds: runner.Several[Seed] = field(default_factory=lambda: list(range(30)))
     """seeds of the coin tosses"""
-    steps: PositiveInt = 100
+    steps: Count = 100
     """steps of the current domain without forgetting"""
     output: str = "runs/adaptive"
     """directory for table and picture"""

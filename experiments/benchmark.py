@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distributed import checked  # sets what transformers reads when it is imported
+from distributed import Count, Few, checked  # sets what transformers reads when it is imported
 
 # isort: split
 import numpy as np
@@ -27,7 +27,7 @@ import pandas
 import torch
 import transformers
 import tyro
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import rollout
@@ -55,19 +55,19 @@ class Args:
 
     shape: Literal[*SHAPES] = "tiny"
     """shape of the model: tiny, or one of Qwen2.5's"""
-    layers: PositiveInt | None = None
+    layers: Few | None = None
     """keep this many layers. Default: all"""
-    tasks: PositiveInt = 4
+    tasks: Few = 4
     """tasks. All conversations share the prompt but for its last tokens, which differ by task"""
-    samples: PositiveInt = 4
+    samples: Few = 4
     """conversations per task"""
-    turns: PositiveInt = 4
+    turns: Few = 4
     """agent turns per conversation"""
-    prompt_tokens: PositiveInt = 1024
+    prompt_tokens: Count = 1024
     """tokens of the shared system prompt"""
-    update_tokens: Annotated[int, Field(ge=2)] = 2048
+    update_tokens: Annotated[int, Field(ge=2, le=10**7)] = 2048
     """tokens of the one sequence that the update is timed on; a quarter of them were sampled"""
-    repeats: PositiveInt = 3
+    repeats: Few = 3
     """runs of each way; they take turns, and the fastest counts"""
     oracle: bool = False
     """time environments and rewards instead, against tau2's own"""

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field
 from torch import nn
 
+from distributed import Count, Few, LearningRate, Units, Weight
 from experiments import runner
 from experiments.runner import Several, cell, of_arm
 from replay import POLICIES, Buffer, add, sample, update_losses
@@ -77,29 +78,29 @@ class Args(runner.Flags):
     """what to compare; "only ..." trains on that scenario alone"""
     network: Literal[tuple(WIDTHS)] = "lstm"
     """the network that predicts"""
-    hidden: PositiveInt = 64
+    hidden: Units = 64
     """units per layer of the LSTM. The others get a width that makes about as many parameters"""
-    layers: PositiveInt = 3
+    layers: Few = 3
     """layers of the network"""
-    users: Annotated[int, Field(ge=5)] = 256
+    users: Annotated[int, Field(ge=5, le=10**6)] = 256
     """users per scenario; a fifth of them is for testing"""
-    past: PositiveInt = 8
+    past: Few = 8
     """channels that the next one is predicted from"""
-    epochs: PositiveInt = 12
+    epochs: Count = 12
     """epochs per scenario"""
-    batch_size: PositiveInt = 64
+    batch_size: Count = 64
     """new windows per step. With a buffer as many replayed ones are added; joint takes twice as many new ones"""
-    capacity: PositiveInt = 500
+    capacity: Count = 500
     """windows that a buffer holds"""
-    learning_rate: PositiveFloat = 5e-3
+    learning_rate: LearningRate = 5e-3
     """learning rate of Adam at the start"""
-    distill_coef: NonNegativeFloat = 1.0
+    distill_coef: Weight = 1.0
     """lars_distill: weight of the NMSE to the predictions of the previous scenario's model on old windows"""
-    ewc_lambda: NonNegativeFloat = 100.0
+    ewc_lambda: Weight = 100.0
     """weight of the penalty of ewc and online_ewc"""
-    er_plus_lambda: NonNegativeFloat = 1.0
+    er_plus_lambda: Weight = 1.0
     """er_plus: weight of EWC's penalty beside replay"""
-    lwf_coef: NonNegativeFloat = 0.1
+    lwf_coef: Weight = 0.1
     """lwf, er_plus: weight of the NMSE to the predictions of the previous scenario's model on new windows"""
 
 

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distributed import Count, LearningRate, Units, Weight
 from experiments import runner
 from experiments.runner import Several, cell, of_arm
 from generative import Rehearsal, distillation_loss, replay_weights
@@ -227,19 +227,19 @@ class Args(runner.Flags):
     """what to compare"""
     scenarios: Several[Scenario] = field(default_factory=lambda: list(get_args(Scenario)))
     """which logits compete"""
-    iterations: PositiveInt = 200
+    iterations: Count = 200
     """steps per task"""
-    batch_size: PositiveInt = 64
+    batch_size: Count = 64
     """current images per step; as many replayed ones are added"""
-    generator_hidden: PositiveInt = 400
+    generator_hidden: Units = 400
     """units in the generator's hidden layer"""
-    generator_learning_rate: PositiveFloat = 4e-3
+    generator_learning_rate: LearningRate = 4e-3
     """learning rate of the generator (Adam)"""
-    ewc_lambda: NonNegativeFloat = 1e4
+    ewc_lambda: Weight = 1e4
     """weight of the penalty of ewc and online_ewc"""
-    er_plus_lambda: NonNegativeFloat = 1.0
+    er_plus_lambda: Weight = 1.0
     """er_plus: weight of EWC's penalty beside replay"""
-    lwf_coef: NonNegativeFloat = 0.01
+    lwf_coef: Weight = 0.01
     """er_plus: weight of the distillation of the old solver's answers to current images"""
 
 

@@ -14,8 +14,7 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pydantic import NonNegativeInt
-
+from distributed import Seed
 from experiments import runner
 from experiments.runner import Several
 
@@ -44,7 +43,7 @@ ARMS = {  # --cl_algorithm, and flags of train.py
 class Args(runner.Flags):
     """Runs train.py for each arm and seed, and compares the runs. A stopped run goes on from its last checkpoint."""
 
-    seeds: Several[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
+    seeds: Several[Seed] = field(default_factory=lambda: [0, 1, 2])
     """seeds of the runs"""
     arms: Several[Literal[*ARMS]] = field(default_factory=lambda: list(ARMS))
     """what to compare"""
@@ -56,7 +55,7 @@ def start(run: Path, arm, seed) -> subprocess.Popen:
     """Starts a run, or resumes it. Its output goes to a file beside the run."""
     flags = f"--cl_algorithm {ARMS[arm]} --seed {seed} --run_name {run.name} --runs_dir".split()
     flags = ["--resume", run] if (run / "config.json").exists() else [*flags, run.parent]
-    with open(f"{run}.log", "a") as log:
+    with open(f"{run}.log", "a", encoding="utf-8") as log:
         command = [sys.executable, ROOT / "train.py", *flags]
         return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -84,7 +83,9 @@ def run_experiment(args: Args):
         for process in going.values():
             process.wait()
     compare = [sys.executable, ROOT / "eval.py", "--compare", *jobs, "--output", output / "comparison"]
-    subprocess.run(compare, check=False)
+    compared = subprocess.run(compare, stderr=subprocess.PIPE, text=True)
+    if compared.returncode:
+        raise ValueError(compared.stderr.strip())
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ import pandas
 import torch
 import tyro
 from annotated_types import MinLen
-from pydantic import AfterValidator, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator
 from tqdm import tqdm
 
-from distributed import checked, write_json
+from distributed import Few, Seed, checked, one_line, write_json, write_text
 from regularize import EWC, OnlineEWC
 from report import interval
+from text import printable
 
 EWC_DECAY = 0.95  # of online_ewc's running Fisher information
 NOT_SETTINGS = ("seeds", "arms", "scenarios", "output", "workers")  # flags that do not change a job's result
@@ -45,11 +46,11 @@ Several = Annotated[list[TypeVar("T")], MinLen(1), AfterValidator(_distinct)]
 class Flags:
     """Which jobs run."""
 
-    seeds: Several[NonNegativeInt] = field(default_factory=lambda: [0])
+    seeds: Several[Seed] = field(default_factory=lambda: [0])
     """seeds of data, weights, batches and noise"""
     output: str
     """directory for results, tables and pictures. Finished jobs there are not run again"""
-    workers: PositiveInt | None = None
+    workers: Few | None = None
     """jobs at a time. Default: one per CPU core; one on a GPU"""
 
 
@@ -78,12 +79,19 @@ def start_worker(threads):
 
 
 def run_job(args, function, job, path: Path):
-    """Writes function(args, *job) to `path`. Raises ValueError if it has a number that is not finite."""
+    """Writes function(args, *job) to `path`. Raises ValueError if that raises one, or has a number that is not finite,
+    and RuntimeError for any other error: not every error reaches the main process as it is."""
+    name = " ".join(map(str, job))
     try:
         result = function(args, *job)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    except Exception as error:
+        raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+    try:
         json.dumps(result, allow_nan=False)
     except ValueError as error:
-        raise ValueError(f"{' '.join(map(str, job))}: {error} (is the learning rate too high?)") from error
+        raise ValueError(f"{name}: {error} (is the learning rate too high?)") from error
     write_json(path, result)
 
 
@@ -92,7 +100,7 @@ def read_result(job, path):
     if not path.exists():
         return None
     with contextlib.suppress(ValueError, TypeError):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_bytes())
         if [result[name] for name in ("scenario", "arm", "seed") if name in result] == list(job):
             return result
     raise ValueError(f"{path} is damaged; remove it, and it will be made again")
@@ -108,7 +116,7 @@ def run_jobs(args, function, jobs, prepare=None) -> list[dict]:
     results.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(args).items() if name not in NOT_SETTINGS}
     written = results.parent / "settings.json"
-    if any(results.glob("*.json")) and not (written.exists() and json.loads(written.read_text()) == settings):
+    if any(results.glob("*.json")) and not (written.exists() and json.loads(written.read_bytes()) == settings):
         raise ValueError(f"{args.output} holds results of other settings; see {written}, or choose another --output")
     write_json(written, settings)
     paths = {job: results / f"{'_'.join(map(str, job)).replace(' ', '_')}.json" for job in jobs}
@@ -116,16 +124,23 @@ def run_jobs(args, function, jobs, prepare=None) -> list[dict]:
     if prepare and todo:
         prepare(todo)
     workers = args.workers or (1 if torch.cuda.is_available() else os.cpu_count())
+    workers = max(1, min(workers, len(todo)))  # all of them start with the first job
     # Workers inherit that Ctrl-C is ignored: it is for this process, which then stops them.
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (max(1, os.cpu_count() // workers),))
     futures = [pool.submit(run_job, args, function, job, paths[job]) for job in todo]
+    started = active_children()
     signal.signal(signal.SIGINT, on_ctrl_c)
     try:
         with tqdm(desc="jobs", total=len(jobs), initial=len(jobs) - len(todo)) as bar:
             for done in as_completed(futures):
                 done.result()
                 bar.update()
+    except BrokenProcessPool as error:
+        pool.shutdown()
+        killed = -signal.SIGKILL in [worker.exitcode for worker in started]
+        reason = "was killed, perhaps for lack of memory (try fewer --workers)" if killed else "failed, see above"
+        raise BrokenProcessPool(f"a worker {reason}") from error
     except BaseException:
         for worker in active_children():
             worker.terminate()
@@ -145,7 +160,7 @@ def show_table(rows, output):
     """Prints rows, dicts of text, as a Markdown table, and writes it to table.md."""
     table = pandas.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True)
     print(table)
-    (output / "table.md").write_text(table + "\n")
+    write_text(output / "table.md", table + "\n")
 
 
 @contextlib.contextmanager
@@ -169,7 +184,7 @@ def picture(path, rows, columns, size, **kwargs):
 
 def run_command(settings, function):
     """Calls function(an instance of the dataclass `settings`, from the command line). An error is one line, with an
-    exit code of 2 (bad input), 1 (a worker was killed), 130 (Ctrl-C) or 143 (SIGTERM)."""
+    exit code of 2 (bad input), 1 (a worker ended), 130 (Ctrl-C) or 143 (SIGTERM)."""
     args = tyro.cli(settings)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     code, line = 0, f"finished jobs are in {args.output}; the same command goes on"
@@ -177,11 +192,11 @@ def run_command(settings, function):
         checked(settings, vars(args))
         function(args)
     except (ValueError, OSError, ImportError) as error:
-        code, line = 2, f"{Path(sys.argv[0]).name}: {error}"
-    except BrokenProcessPool:
-        code, line = 1, f"a worker was killed, perhaps for lack of memory; {line} (try fewer --workers)"
+        code, line = 2, f"{Path(sys.argv[0]).name}: {one_line(error)}"
+    except BrokenProcessPool as error:
+        code, line = 1, f"{error}; {line}"
     except (KeyboardInterrupt, SystemExit) as stop:
         code, line = getattr(stop, "code", 130), f"stopped; {line}"
     if code:
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     raise SystemExit(code)

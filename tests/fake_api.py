@@ -10,10 +10,18 @@ def call(name, arguments, call_id="c"):
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+def body(message, **changed) -> bytes:
+    """A completion with this message, with the fields of `changed` in place of the usual ones."""
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", **message}}
+    usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    usual = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+    return json.dumps({**usual, **changed}).encode()
+
+
 @contextmanager
 def fake_api():
     """(address, list of its answers in turn, list of the requests). An answer is a message of the chat completions API,
-    or a number: an HTTP error, or None: no answer until the end. The last one stays."""
+    or bytes: the whole body, or a number: an HTTP error, or None: no answer until the end. The last one stays."""
     answers, asked, ended = [], [], threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -25,13 +33,10 @@ def fake_api():
             elif isinstance(answer, int):
                 self.send_error(answer)
             else:
-                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", **answer}}
-                usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
-                body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.end_headers()  # HTTP/1.0: the body ends with the connection
-                self.wfile.write(json.dumps({**body, "usage": usage}).encode())
+                self.wfile.write(answer if isinstance(answer, bytes) else body(answer))
 
         def log_message(self, *args):
             pass

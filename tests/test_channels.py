@@ -372,24 +372,44 @@ def test_a_stopped_experiment_leaves_no_process_and_no_half_result(number, code,
     assert "Traceback" not in shown and (number == signal.SIGKILL or "the same command goes on" in shown)
 
 
-def die(args, arm, seed):
-    os.kill(os.getpid(), signal.SIGKILL)
+class Unsent(Exception):
+    """Cannot be unpickled."""
+
+    def __init__(self, two, arguments):
+        super().__init__("its own words")
+
+
+def fail(args, how, seed):
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "ends":
+        os._exit(3)
+    raise Unsent(1, 2) if how == "unsent" else ValueError("no good")
 
 
 BAD = [
-    (["--users", "4"], None, 2, "channels.py: users must be greater than or equal to 5, got 4"),
-    ([], lambda args: runner.run_jobs(args, die, [("naive", 0)]), 1, "a worker was killed, perhaps"),
+    ("users", 2, "channels.py: users must be greater than or equal to 5, got 4"),
+    ("killed", 1, "a worker was killed, perhaps"),
+    ("ends", 1, "a worker failed, see above; finished jobs"),
+    ("raises", 2, "channels.py: raises 0: no good"),
 ]
 
 
-@pytest.mark.parametrize("flags, function, code, line", BAD)
-def test_an_error_of_the_command_is_one_line(flags, function, code, line, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["channels.py", "--output", str(tmp_path), "--workers", "1", *flags])
+@pytest.mark.parametrize("how, code, line", BAD)
+def test_an_error_of_the_command_is_one_line(how, code, line, tmp_path, monkeypatch, capsys):
+    flags = ["--output", str(tmp_path), "--workers", "1", "--users", "4" if how == "users" else "5"]
+    monkeypatch.setattr(sys, "argv", ["channels.py", *flags])
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
-        runner.run_command(channels.Args, function)
+        runner.run_command(channels.Args, lambda args: runner.run_jobs(args, fail, [(how, 0)]))
     signal.signal(signal.SIGTERM, handler)
     assert stop.value.code == code and capsys.readouterr().err.splitlines()[-1].startswith(line)
+
+
+def test_an_error_that_cannot_be_sent_says_its_words(tmp_path):
+    """Not that the worker was killed."""
+    with pytest.raises(RuntimeError, match="unsent 0: Unsent: its own words"):
+        runner.run_jobs(channels.Args(output=str(tmp_path), workers=1), fail, [("unsent", 0)])
 
 
 @pytest.mark.parametrize("name, value", [("arms", ["best"]), ("arms", []), ("seeds", [-1]), ("network", "rnn")])

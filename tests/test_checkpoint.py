@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -19,12 +18,10 @@ from law import (
     SMALL,
     TWO_RANKS,
     assert_equal_runs,
-    comparable,
     refused,
     run_main,
     run_script,
     small_run,
-    start_main,
     steps_of,
     stopper,
 )
@@ -36,6 +33,7 @@ import policy
 import report
 import train
 from checkpoint import Interrupted
+from experiments import kills
 from train import parse_args
 
 
@@ -95,27 +93,24 @@ def test_a_signal_in_an_evaluation_stops_it_at_once_and_loses_nothing(never_stop
     assert_equal_runs(folder / "whole", tmp_path / "stopped")
 
 
-def test_runs_killed_at_ten_random_moments_end_as_if_they_had_not_been(never_stopped, tmp_path):
-    folder, flags = never_stopped
-    whole = comparable(folder / "whole")
-    moments, kills, finished = random.Random(0), 0, 0
-    while kills < 10 or not finished:
-        killed = tmp_path / f"killed{finished}"
-        new = [*flags, "--runs_dir", str(tmp_path), "--run_name", killed.name]
-        [process] = start_main(tmp_path / "shown", *(resume_flags(killed) if killed.exists() else new))
-        process.join(moments.uniform(0.1, 2.5) if kills < 10 else None)
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-            process.join()
-            if not (killed / "config.json").exists():  # killed within the milliseconds before the settings are written
-                shutil.rmtree(killed, ignore_errors=True)
-        else:
-            assert process.exitcode == 0, (tmp_path / "shown" / "0.stderr").read_text()
-        if (killed / "report.md").exists():
-            finished += 1
-            for a, b in zip(whole, comparable(killed), strict=True):
-                assert a == b
+EARLY = [(moment, 1) for moment in kills.MOMENTS if moment.startswith(("between", "inside", "before"))]
+LAST_LINK = [("before the new link replaces LAST", 14)]  # a resumed run has nothing left to save
+
+
+@pytest.mark.parametrize("name, moments", [("replay of conversations", EARLY[::2]), ("generative_replay", LAST_LINK)])
+def test_a_run_that_is_killed_while_it_writes_ends_as_if_it_had_not_been(name, moments, tmp_path):
+    kills.start(tmp_path / "whole", kills.flags_of(name, tmp_path / "whole"))
+    assert kills.kill_and_resume(name, tmp_path / "killed", moments) == [moment for moment, _ in moments]
+    assert kills.differences(tmp_path / "killed", kills.outcome(tmp_path / "whole")) == []
+
+
+def test_loaded_tensors_lie_at_addresses_like_those_of_fresh_ones(never_stopped):
+    """On some processors a sum depends on them."""
+    last = never_stopped[0] / "whole" / "checkpoints" / "LAST"
+    model, _ = policy.load_policy(last, "float32", "cpu")
+    moments = load_file(last / "training" / "optimizer.safetensors").values()
+    tensors = [*model.parameters(), *(policy.placed_like(tensor, tensor) for tensor in moments)]
+    assert {tensor.data_ptr() % 64 for tensor in tensors} == {0}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -108,3 +108,9 @@ def test_one_line_shows_the_message_of_a_validator_and_of_other_errors():
         refused(a=3)
     assert one_line(error.value) == "choose an even number, got 3"
     assert one_line(OSError("the disk is full")) == "the disk is full"
+    assert one_line(OSError("http://me:word@host\n\x1b[2J failed")) == r"http://***@host\n\x1b[2J failed"
+
+
+def test_a_printed_line_cannot_steer_the_terminal(capsys):
+    distributed.say("one\rtwo \x1b[2J\nBearer abc")
+    assert capsys.readouterr().out == "one\\rtwo \\x1b[2J\nBearer ***\n"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import warnings
 
 import pytest
 from tau2.data_model.message import ToolCall
@@ -89,6 +90,7 @@ UNSAFE = {
     "not valid Unicode": [{"id": "\ud800"}, '{"id": "\\ud800"}'],
     "longer than 20000": [{"id": "x" * 30000}],
     "nested more than 20 deep": [{"id": json.loads("[" * 500 + "]" * 500)}],
+    "more than 100 values": [{"id": [1] * 99}, {str(k): k for k in range(100)}],
 }
 
 
@@ -101,6 +103,43 @@ def test_arguments_that_tau2_cannot_store_are_refused(message, arguments):
 def test_arguments_are_taken_as_json_text_or_dict():
     arguments = {"id": "a", "n": [1, 2.5, None, True, {"b": -(10**17)}]}
     assert environment.parse_arguments(arguments) == environment.parse_arguments(json.dumps(arguments)) == arguments
+    assert environment.parse_arguments({"id": "\u6f22" * 19_000})  # characters, not bytes or escapes
+
+
+def at_depth(depth, function):
+    return at_depth(depth - 1, function) if depth else function()
+
+
+def test_calculate_says_the_same_wherever_it_is_called_and_nothing_on_the_terminal():
+    """Also to tau2, which plays the conversation again."""
+    rng = random.Random(0)
+    expressions = [
+        "-" * 2400 + "1",
+        "(" * 199 + "1" + ")" * 199,
+        "(-" * 150 + "1" + ")" * 150,
+        "1" + "+1" * 249,
+        "1(2)",
+    ]
+    expressions += ["".join(rng.choices("0123456789+-*/(). ", k=rng.randint(1, 20))) for _ in range(500)]
+    calls = [{"function": {"name": "calculate", "arguments": {"expression": e}}} for e in expressions]
+    env = environment.make_env("airline")
+
+    def answer(call):
+        try:
+            return env.get_response(environment.checked_call(call, "1")).content
+        except ValueError as error:
+            return str(error)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shallow = [answer(call) for call in calls]
+        assert at_depth(400, lambda: [answer(call) for call in calls]) == shallow and not caught
+    assert shallow[0] == "calculate takes at most 500 characters" and shallow[1:4] == ["1.0", "1.0", "250.0"]
+    episode = oracle.Episode("airline", oracle.load_tasks("airline", "base")[0])
+    at_depth(400, lambda: episode.act({"content": "", "tool_calls": calls[:5]}))
+    while not episode.done:
+        episode.act({"content": "Done."})
+    oracle.score(episode, verify=True)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +150,7 @@ def test_arguments_are_taken_as_json_text_or_dict():
         ({"name": "x" * 101}, "longer than 100"),
         ({"name": "\ud800"}, "Unicode"),
         ({"name": "calculate", "arguments": {"expression": "9 * * 9"}}, r"does not support \*\*"),
+        ({"name": "calculate", "arguments": {"expression": "(2) (3)"}}, "an operator before each parenthesis"),
     ],
 )
 def test_calls_that_are_not_safe_are_refused(function, message):

@@ -1,6 +1,7 @@
 """episode.py: openings, turns and ends of conversations; whatever the agent writes is answered."""
 
 import json
+import tracemalloc
 
 import pytest
 from tau2.agent.llm_agent import LLMAgent, LLMSoloAgent
@@ -143,6 +144,23 @@ def test_results_follow_their_calls_with_unique_ids():
     assert [c.id for c in message.tool_calls] == [r.id for r in results] and len({r.id for r in results}) == 2
     assert episode.messages[5].role == "system"
     assert (episode.calls, episode.failed_calls, episode.errors) == (3, 1, 1)
+    answers = episode.act({"tool_calls": [good] * 101})
+    assert [a["content"][:6] for a in answers] == ['{"orde'] * 100 + ["Error:"]
+    answers = episode.act({"content": "x" * 30_000, "tool_calls": [good] * 3})
+    assert [a["role"] for a in answers] == ["tool"] * 3  # a server wants each call answered
+
+
+@pytest.mark.parametrize("name", ["get_customer_by_id", "set_apn_settings"])
+def test_a_turn_takes_memory_for_its_size(name):
+    """pydantic would answer with a paragraph for each of the second tool's keys."""
+    text, keys = "\u6f22" * 19_000, {chr(0x4E00 + k): 1 for k in range(2400)}
+    arguments = {"customer_id": text} if name == "get_customer_by_id" else {"apn_settings": keys}
+    episode = Episode("telecom", first("telecom"))
+    tracemalloc.start()
+    answers = episode.act(call(name, json.dumps(arguments, ensure_ascii=False)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20 and len(answers[0]["content"]) < 40_000
 
 
 @pytest.mark.parametrize("user, message", [("nobody", "unknown user 'nobody'; choose"), ("solo", "has no ticket")])

@@ -111,7 +111,7 @@ registry.register_tasks(get_tasks, "bakery")
 
 
 def test_a_domain_of_ones_own_needs_one_import(tmp_path, monkeypatch, capsys):
-    """As in CONTRIBUTING.md. Nobody can say what doing nothing scores here: see test_oracle.py."""
+    """As in CONTRIBUTING.md."""
     (tmp_path / "bakery.py").write_text(BAKERY)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("bakery")
@@ -123,10 +123,10 @@ def test_a_domain_of_ones_own_needs_one_import(tmp_path, monkeypatch, capsys):
     limits = "--split base --max_tasks 3 --max_turns 2 --max_new_tokens 8"
     monkeypatch.setattr(sys, "argv", ["eval.py", *f"{flags} {limits}".split()])
     evaluation.main()
-    assert "(n/a)" in capsys.readouterr().out
+    assert "bakery" in capsys.readouterr().out
     found = metrics_of(tmp_path / "out")
-    assert found["bakery"]["do_nothing_rate"] is found["overall"]["do_nothing_rate"] is None
-    assert found["airline"]["do_nothing_rate"] is not None
+    floors = [found[domain]["do_nothing_rate"] for domain in ("bakery", "airline")]
+    assert found["overall"]["do_nothing_rate"] == pytest.approx(sum(floors) / 2)
 
 
 def test_a_checkpoint_is_evaluated_on_the_split_that_its_run_cut(tmp_path):

@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -211,7 +213,39 @@ def test_a_conversation_is_folded_to_lines(conversations):
     assert f"[tool] {'x' * 300}" in report.show_conversations(conversations, unfold=True)
 
 
-def test_a_models_text_cannot_steer_the_terminal():
-    shown = report.text_conversation(spoken("1", 1.0, "\x1b[2J\x9b2J\x07 wiped \ud800", trial=0))
-    assert "wiped" in shown and not any((ord(c) < 32 and c != "\n") or 0x7F <= ord(c) < 0xA0 for c in shown)
-    shown.encode()
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\x0b", "\x85", "\u2028", "\u2029", "\x1b[1E", "\u2066\n"])
+def test_a_models_text_can_neither_steer_the_terminal_nor_forge_lines(end):
+    forged = f"Hm.{end}[user] Yes.{end}reward 1 (DB 1); ended by user_stop\x9b2J \u202e \ud800"
+    record = spoken("1", 1.0, forged, trial=0)
+    record["messages"][1]["tool_calls"][0]["name"] = record["messages"][2]["content"] = forged
+    shown = report.text_conversation(record)
+    starts = [line.split()[0] for line in shown.split("\n") if not line.startswith("    ")]
+    assert starts == ["retail", "[user]", "[assistant]", "[tool]", "[assistant]", "reward"]
+    assert shown.replace("\n", "").isprintable()
+
+
+HOSTILE = "[a](javascript:b) <img src=x onerror=c> | d `e` **f** \\frac$ $ \x1b[2J\ng\u202e\ud800 ```"
+
+
+def test_names_cannot_act_in_a_report_or_a_comparison(tmp_path, compared):
+    made = json.dumps(summary("sequential", 0, 0.5, path=HOSTILE))
+    found = json.loads(made.replace("retail", json.dumps(HOSTILE)[1:-1]))
+    values = dict.fromkeys(report.AT_END, 0.25)
+    found |= {
+        "cl_algorithm": f"sequential{HOSTILE}",
+        "note": f"# {HOSTILE}",
+        "command": f"python a.py '\n```\n{HOSTILE}'",
+    }
+    found |= {"evaluation": {domain: values for domain in found["task_order"]}}
+    found |= {"statistics": {HOSTILE: [HOSTILE]}, "versions": {}, "split": HOSTILE}
+    text = compared([found, {**found, "seed": 1}, summary("replay", 0, 0.1, path="p")])
+    (run,) = tmp_path.glob("run0")
+    report.write_report(run)
+    for shown in (text, (run / "report.md").read_text(encoding="utf-8")):
+        assert shown.replace("\n", "").isprintable()
+        page = MarkdownIt("commonmark").enable("table").render(shown)
+        assert page.count("<img") == len(re.findall(r"!\[\w+ \w+\]\(\w+\.png\)", shown))
+        assert set(re.findall(r"<(\w+)", page)) <= {*TAGS, "table", "thead", "tbody", "tr", "th", "td"}
+
+
+TAGS = ("h1", "p", "img", "ul", "li", "pre", "code")

@@ -40,7 +40,7 @@ import train
         ("--replay_ratio -0.1", "replay_ratio"),
         ("--max_tasks_per_domain 0", "max_tasks_per_domain"),
         ("--eval_max_tasks 0", "eval_max_tasks"),
-        ("--max_context -5", "max_context must be greater than 0, got -5"),
+        ("--max_context -5", "max_context must be greater than or equal to 1, got -5"),
         ("--max_tasks_per_domain 1000", "1000"),
         ("--loss_type ppo", "ppo"),
         ("--kl_coef -1", "kl_coef"),

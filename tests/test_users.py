@@ -5,6 +5,7 @@ import concurrent.futures
 import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from fake_api import call, fake_api
+from fake_api import body, call, fake_api
 from tau2.data_model.message import AssistantMessage, ToolMessage, UserMessage
 
 import chat
@@ -240,6 +241,52 @@ def test_an_agent_behind_a_server_that_fails_is_counted_as_invalid(told, tmp_pat
     assert all(r["reward"] is None for r in evaluation.read_trials(tmp_path / "out"))
 
 
+DEEP = "[" * 100_000 + "]" * 100_000
+MALFORMED = {  # a server's answer -> the reason in the record; None: it is answered
+    "half a pair": ({"content": "Hi \ud800 there\x1b[2J !!!!!!"}, None),
+    "half a pair in an id": ({"content": None, "tool_calls": [call("no_such_tool", "{}", "\ud800")]}, None),
+    "half a pair in a name": ({"content": None, "tool_calls": [call("\ud800", "{}")]}, "Unicode"),
+    "half a pair in arguments": ({"content": None, "tool_calls": [call("f", '{"a": "\ud800"}')]}, "Unicode"),
+    "nested arguments": ({"content": None, "tool_calls": [call("f", '{"a": ' + "[" * 60 + "]" * 60 + "}")]}, "nested"),
+    "arguments that nobody can read": ({"content": None, "tool_calls": [call("f", DEEP)]}, "ServerError"),
+    "a list": ({"content": ["hi"]}, "ServerError"),
+    "a dict": ({"content": {"a": 1}}, "ServerError"),
+    "a number": ({"content": 7}, "ServerError"),
+    "no calls": ({"content": None, "tool_calls": 7}, "ServerError"),
+    "too long": ({"content": "x" * 30_000}, "20000"),
+    "no choices": (body({}, choices=[]), "choices|index"),
+    "a lie about its length": (body({"content": "Hi"}, usage={"completion_tokens": 10**15}), None),
+    "a nested body": (DEEP.encode(), "ServerError"),
+    "no JSON": (b"\xff<html>", "ServerError"),
+}
+OF_THE_MODEL = ("half a pair in a name", "half a pair in arguments", "nested arguments", "too long")
+
+
+@pytest.mark.parametrize("side", ["agent", "user"])
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_answer_costs_its_conversation_at_most(told, tmp_path, monkeypatch, capsys, name, side):
+    """What an agent's model wrote is answered, as if the policy were a local one."""
+    address, answers, _ = told
+    answer, reason = MALFORMED[name]
+    answers += [answer, {"content": "Done. ###STOP###"}]
+    monkeypatch.setattr(evaluation, "API_RETRIES", 0)
+    monkeypatch.setattr(users.SimulatedUser, "TRIES", 1)
+    where = {
+        "agent": ("openai/m", {"api_base": address}),
+        "user": ("tiny", {"user": "openai/m", "user_api_base": address}),
+    }
+    model, served = where[side]
+    usual = {**SHORT, "domains": ["telecom"], "max_tasks": 3, "num_trials": 1, "model_dtype": "float32"}
+    evaluation.run_evaluation(evaluation.Args(model, output=str(tmp_path / "out"), **{**usual, **served}))
+    errors = [r["error"] for r in evaluation.read_trials(tmp_path / "out") if r["reward"] is None]
+    if reason is None or (side == "agent" and name in OF_THE_MODEL):
+        assert errors == []
+    else:
+        assert len(errors) == 1 and re.search(reason, errors[0])
+    shown = capsys.readouterr()
+    assert "\x1b" not in shown.out and "Traceback" not in shown.err
+
+
 def training(tmp_path, user, *flags):
     """The summary of a short run in telecom with this user, and its conversations."""
     sizes = "--max_tasks_per_domain 1 --num_steps_per_task 1 --batch_size_per_gpu 1 --num_samples_per_prompt 2"
@@ -251,7 +298,7 @@ def training(tmp_path, user, *flags):
 
 def test_a_policy_is_trained_with_tau2s_simulated_user(told, tmp_path, monkeypatch):
     address, answers, asked = told
-    answers += [{"content": "My phone does not work. ###STOP###"}]
+    answers += [{"content": "My phone does not work. \ud83d"}]  # half an emoji
     monkeypatch.setenv("OPENAI_BASE_URL", address)
     summary, records = training(tmp_path, "openai/m")
     assert summary["user"] == "openai/m" and "solo" not in summary["note"] and len(asked) > 3
