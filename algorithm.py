@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from distributed import checked
+from flags import checked
 from grpo import TaskRef, Trajectory
 
 LIBRARY = ("algorithm", "replay", "regularize", "generative")  # the modules of our own algorithms

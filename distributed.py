@@ -12,7 +12,6 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
 
 # Libraries read these when they are imported: our lines are the only ones a user sees.
 for variable, value in {
@@ -25,29 +24,14 @@ for variable, value in {
     os.environ.setdefault(variable, value)
 
 import numpy as np
-import pydantic
 import torch
 import torch.distributed as dist
-from pydantic import Field
 
-from text import print_safely, printable, without_secrets
+from text import print_safely
 
 
 class StopRun(RuntimeError):
     """The run cannot go on; the message is for the user."""
-
-
-CHECKED = pydantic.ConfigDict(allow_inf_nan=False, extra="forbid")  # of every dataclass of flags
-
-# Types of flags. The bounds are far from what anyone means, and near enough for memory, time and float32.
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Count = Annotated[int, Field(ge=1, le=10**7)]
-CountOrZero = Annotated[int, Field(ge=0, le=10**7)]
-Few = Annotated[int, Field(ge=1, le=1000)]
-Units = Annotated[int, Field(ge=1, le=10**4)]  # of a layer
-Weight = Annotated[float, Field(ge=0, le=1e9)]
-Positive = Annotated[float, Field(gt=0, le=1e9)]
-LearningRate = Annotated[float, Field(gt=0, le=10)]
 
 
 def init_distributed() -> str:
@@ -142,29 +126,6 @@ def seeded(device, *seeds):
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seeded_generator("cpu", *seeds).initial_seed())
         yield
-
-
-def checked(flags, values):
-    """An instance of a dataclass of flags. Raises ValueError, in one line, for a value that its type rules out."""
-    try:
-        return pydantic.dataclasses.dataclass(flags, config=CHECKED)(**values)
-    except pydantic.ValidationError as error:
-        raise ValueError(one_line(error)) from None
-
-
-def one_line(error: Exception) -> str:
-    """An error as one line for the user, without secrets: for a rejected setting its name, the rule and the value."""
-    line = str(error)
-    if isinstance(error, pydantic.ValidationError):
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        rule = first["msg"].replace("Input should be", "must be")
-        line = f"{name} {rule[0].lower() + rule[1:]}, got {first['input']!r}"
-        if first["type"] == "value_error":  # raised by a validator of ours
-            line = str(first["ctx"]["error"])
-        elif first["type"] == "unexpected_keyword_argument":
-            line = f"there is no setting {name!r}"
-    return printable(without_secrets(line))
 
 
 class Clock(dict):

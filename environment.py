@@ -9,9 +9,12 @@ import copy
 import functools
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
+import sys
+import types
 import warnings
 from collections.abc import MutableMapping
 from contextlib import suppress
@@ -21,6 +24,29 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 from loguru import logger
 
 logger.disable("tau2")
+
+
+class Later(types.ModuleType):
+    """Stands for a module of functions, and imports it when one of them is called for the first time."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: getattr(language_models(), name)(*args, **kwargs)
+
+
+@functools.cache
+def language_models() -> types.ModuleType:
+    """tau2's module that asks models behind an API. Neither it nor litellm may print parts of a server's answer."""
+    del sys.modules[LANGUAGE_MODELS]
+    module = importlib.import_module(LANGUAGE_MODELS)
+    module.print = lambda *_: None
+    logging.getLogger("LiteLLM").setLevel(logging.CRITICAL)
+    return module
+
+
+LANGUAGE_MODELS = "tau2.utils.llm_utils"
+sys.modules[LANGUAGE_MODELS] = Later(LANGUAGE_MODELS)  # its litellm takes half of the time that a script needs to start
 
 from tau2.data_model.message import ToolCall
 from tau2.data_model.tasks import Task

@@ -25,15 +25,12 @@ from tqdm import tqdm
 import checkpoint
 import distributed
 import environment
-import oracle  # sets what litellm reads when it is imported
+import oracle
 import policy
 import rollout
 import users
-
-# isort: split
-import litellm
-
-from distributed import Count, Few, Seed, StopRun, all_gather_json, barrier, rank, world_size
+from distributed import StopRun, all_gather_json, barrier, rank, world_size
+from flags import Count, Few, PositiveShare, Seed, checked, one_line
 from grpo import PASS, Trajectory
 from metrics import cl_metrics, measure, overall, text_metrics  # noqa: F401 (cl_metrics is a public name of eval)
 from report import compare, read_jsonl, show_conversations
@@ -43,7 +40,6 @@ MAX_INVALID_SHARE = 0.5  # of the conversations; with more environment errors th
 AT_ONCE = 256  # conversations with a policy, on each rank
 API_AT_ONCE, API_RETRIES = 16, 3  # conversations with an agent behind an API; repetitions of a failed request
 MAX_TOKENS = 10**6  # of one answer, whatever its server claims
-Threshold = Annotated[float, Field(gt=0, le=1)]
 
 
 def _without_overflow(temperature):
@@ -65,7 +61,7 @@ class Flags:
     """evaluate on the first tasks of each domain only, this many"""
     eval_trials: Few = 1
     """conversations per task in an evaluation"""
-    pass_threshold: Threshold = PASS
+    pass_threshold: PositiveShare = PASS
     """a conversation passes with this reward or more. Default: tau2's, 1"""
 
 
@@ -169,6 +165,7 @@ def play_api(episodes, llm, on_finish, temperature=0.7, max_new_tokens=2048, **l
     that fails is repeated API_RETRIES times, with litellm's back-off; then its episode is invalid. `llm_args`:
     litellm's (api_base, seed, ...). `on_finish(episode, trajectory)` is called when one ends."""
     limits = {"temperature": temperature, "max_tokens": max_new_tokens, "num_retries": API_RETRIES, "timeout": 300}
+    litellm = environment.language_models().litellm
 
     def converse(episode):
         trajectory = Trajectory(episode.domain, str(episode.task.id))
@@ -254,7 +251,7 @@ class Args:
     """type to compute in. Default: as in the checkpoint's run, else bfloat16"""
     evaluation_type: oracle.EvaluationType | None = None
     """parts of tau2's reward that count. Default: as in the checkpoint's run, else all"""
-    pass_threshold: Threshold | None = None
+    pass_threshold: PositiveShare | None = None
     """a conversation passes with this reward or more. Default: as in the checkpoint's run, else tau2's, 1"""
     seed: Seed = 0
     """seed of the sampling"""
@@ -292,7 +289,7 @@ def read_run(model: Path) -> dict:
     try:
         config = {**json.loads(path.read_bytes())} if model.is_dir() and path.is_file() else {}
         kept = {f.name: config[f.name] for f in dataclasses.fields(OfRun) if f.name in config}
-        return vars(distributed.checked(OfRun, kept))
+        return vars(checked(OfRun, kept))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
 
@@ -300,7 +297,7 @@ def read_run(model: Path) -> dict:
 def complete(args: Args) -> tuple[Args, dict, dict]:
     """(args with their defaults, the settings that decide the outcome of a trial as JSON, tasks by domain). Raises
     ValueError for what cannot be evaluated."""
-    args = distributed.checked(Args, vars(args))
+    args = checked(Args, vars(args))
     if args.model_name_or_path is None:
         raise ValueError("name a model with --model_name_or_path, or runs with --compare")
     users.check(args.user)
@@ -363,7 +360,8 @@ def run_evaluation(args: Args):
     folder = Path(args.output or f"runs/evaluation_{slug}")
     sampling = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
     model, tokenizer = args.model_name_or_path, None
-    if args.api_base is not None or (not Path(model).is_dir() and model.split("/")[0] in litellm.provider_list):
+    providers = () if Path(model).is_dir() else environment.language_models().litellm.provider_list
+    if args.api_base is not None or model.split("/")[0] in providers:
         sampling |= users.served_at(args.api_base)
     else:
         model, tokenizer = policy.load_policy(model, args.model_dtype, device)
@@ -403,7 +401,7 @@ def run_evaluation(args: Args):
 
 def main():
     try:
-        args = distributed.checked(Args, vars(tyro.cli(Args)))
+        args = checked(Args, vars(tyro.cli(Args)))
         if args.show:
             print(show_conversations(args.show, args.worst, args.task, args.unfold))
         elif args.compare:
@@ -412,7 +410,7 @@ def main():
         else:
             run_evaluation(args)
     except (ValueError, OSError, StopRun) as error:
-        print(f"eval.py: {distributed.one_line(error)}", file=sys.stderr)
+        print(f"eval.py: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 import distributed
 import policy
 from algorithm import CLAlgorithm
+from flags import Count, CountOrZero, Positive, Units
 from replay import Buffer, add, sample
 from text import printable
 from vae import VAE, ConvVAE, TokenVAE, elbo_loss, frozen, make_generator  # noqa: F401 (some are for readers)
@@ -41,22 +42,22 @@ BATCH = 16  # windows of the domain per update of the generator, and as many gen
 class Flags:
     """Generative replay (generative_replay)."""
 
-    replay_weight: distributed.Positive = 4.0
+    replay_weight: Positive = 4.0
     """weight of the KL to the previous domain's policy, times 1 - 1/n in the n-th domain"""
     window: Annotated[int, Field(ge=2, le=10**6)] = 256
     """tokens of a window. A window should include the message being answered"""
-    window_batch: distributed.Count = 32
+    window_batch: Count = 32
     """generated windows per optimiser step: the batch size of replay"""
-    memory_size: distributed.Count = 500
+    memory_size: Count = 500
     """windows of the current domain that are kept for the generator until the domain ends"""
     generator_update_freq: Annotated[float, Field(ge=1e-3, le=1e6)] = 1 / 6
     """GRPO steps per update of the generator; below 1, several updates a step. With 5, the embedded run forgets its
     first domain entirely: the generator has three updates to learn a domain (docs/results.md)"""
     generator_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """dropout of the generator. 0.1 made no measurable difference (docs/results.md)"""
-    generator_hidden_dims: list[distributed.Units] = field(default_factory=lambda: [256])
+    generator_hidden_dims: list[Units] = field(default_factory=lambda: [256])
     """units of the generator's hidden layers. A second one of 128 made no measurable difference (docs/results.md)"""
-    generator_components: distributed.CountOrZero = 10
+    generator_components: CountOrZero = 10
     """Gaussians of the prior that is fitted for each domain when one ends. 0: the prior is N(0, 1)"""
 
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distributed import Positive, Weight
+from flags import Positive, Weight
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"]
 AdvantageScale = Literal["group", "batch", "none"]

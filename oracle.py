@@ -27,9 +27,9 @@ import numpy as np
 from pydantic import Field
 
 import environment
-from distributed import Count
 from environment import V1, all_tasks, changes, gold_changes, make_env, registry  # noqa: F401
 from episode import MAX_ERRORS, STOP, Episode, is_solo
+from flags import Count
 from text import printable, reason, without_secrets
 from users import scripted_like, served_at
 

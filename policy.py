@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen
 from transformers.cache_utils import DynamicLayer
 
 from chat import ChatFormat
+from flags import CountOrZero
 
 transformers.utils.logging.disable_progress_bar()
 for library in ("transformers", "huggingface_hub"):
@@ -53,7 +54,7 @@ class Flags:
     weights_dtype: Literal[*DTYPES] = "float32"
     """type of trained weights, their gradients and moments. bfloat16 halves their memory and loses updates of less than
     0.4% of a weight, which at a rate of 1e-6 are nearly all. LoRA's adapters are always float32"""
-    lora_rank: distributed.CountOrZero = 0
+    lora_rank: CountOrZero = 0
     """train LoRA adapters of this rank instead of every weight"""
     attn_implementation: str | None = None
     """eager, sdpa, flash_attention_2, ... Default: what transformers chooses"""

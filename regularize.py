@@ -23,7 +23,8 @@ from torch import Tensor
 import distributed
 import policy
 from algorithm import CLAlgorithm
-from distributed import Weight, say
+from distributed import say
+from flags import Weight
 
 
 @dataclass

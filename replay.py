@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import Field
 
 from algorithm import CLAlgorithm, JointCL, SequentialCL  # noqa: F401 (replay's public names)
-from distributed import Count, Weight, write_text
+from distributed import write_text
+from flags import Count, Weight
 from grpo import Share, TaskRef, Trajectory
 
 Strategy = Literal["random", "high_reward", "recent", "balanced"]

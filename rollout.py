@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import ContinuousBatchingConfig
 
 from chat import ChatFormat
-from distributed import Count
+from flags import Count
 from grpo import Trajectory, micro_batches
 from policy import autocast, is_sharded, plain_copy
 from text import reason
@@ -80,17 +80,17 @@ class _Conversation:
         self.trajectory = Trajectory(self.episode.domain, str(self.episode.task.id))
         try:
             opening = self._cut(self.episode.opening() if self.opened is None else self.opened.result())
+            self.trajectory.append(self.chat.opening(self.episode.system, opening, self.episode.tools))
+            if self.room < 1:
+                raise ValueError(
+                    f"the opening of {self.episode.domain} task {self.episode.task.id} has "
+                    f"{len(self.trajectory.token_ids)} tokens, which leaves none in a context of {self.max_context}"
+                )
         except Exception as error:
             if self.opened is None:
                 raise
             self._fail(error)
             return
-        self.trajectory.append(self.chat.opening(self.episode.system, opening, self.episode.tools))
-        if self.room < 1:
-            raise ValueError(
-                f"the opening of {self.episode.domain} task {self.episode.task.id} has "
-                f"{len(self.trajectory.token_ids)} tokens, which leaves none in a context of {self.max_context}"
-            )
         if self.episode.done:
             self.finish(self.episode.termination)
 

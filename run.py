@@ -26,6 +26,7 @@ import tracking
 import users
 from algorithm import LIBRARY, CLAlgorithm, check_hooks, load_algorithm, own_attributes
 from distributed import StopRun, all_gather_json, append_jsonl, rank, say, world_size, write_json
+from flags import Count, one_line
 from grpo import TaskRef, Trajectory
 from metrics import cl_metrics, transfer_so_far
 from replay import TrajectoryBuffer
@@ -42,7 +43,7 @@ class Flags:
     """directory of all runs"""
     resume: str | None = None
     """continue the run in this directory from its last checkpoint, with its own settings"""
-    checkpoint_every: distributed.Count = 10
+    checkpoint_every: Count = 10
     """GRPO steps between checkpoints"""
     tracker: tracking.Tracker | None = None
     """also log to TensorBoard, into the run's directory, or to Weights & Biases (package tensorboard, and wandb)"""
@@ -256,7 +257,7 @@ def read_config(kind, run: Path):
         config = json.loads(path.read_bytes())
         settings = kind(**{f.name: config[f.name] for f in dataclasses.fields(kind)})
     except (ValueError, TypeError, KeyError) as error:
-        why = f"{type(error).__name__}: {distributed.one_line(error)}"
+        why = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"cannot resume {run}: {path} is damaged ({why})") from error
     return settings, config
 

@@ -19,7 +19,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 import distributed  # sets what other libraries read when they are imported
 
@@ -28,7 +28,6 @@ import pydantic
 import torch
 import torch.distributed as dist
 import tyro
-from pydantic import Field
 from tqdm import tqdm
 
 import checkpoint
@@ -44,7 +43,7 @@ import run
 import tracking
 import users
 from algorithm import CLAlgorithm
-from distributed import CHECKED, Count, CountOrZero, Few, LearningRate, Positive, Seed, StopRun, say
+from flags import CHECKED, Count, CountOrZero, Few, LearningRate, Positive, PositiveShare, Seed, one_line
 from grpo import TaskRef, Trajectory
 from run import Trainer
 from text import print_safely
@@ -88,7 +87,7 @@ class Flags:
     """learning rate of GRPO (AdamW, no weight decay)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """course of the rate over each domain's GRPO steps; linear and cosine end at 0"""
-    lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    lr_decay: PositiveShare = 1.0
     """multiply both learning rates by lr_decay**n after n conversations"""
     max_grad_norm: Positive = 1.0
     """clip gradients to this norm"""
@@ -192,7 +191,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
     gold = functools.cache(lambda ref: demonstration(args, tokenizer, ref.domain, tasks[ref]))
     if args.model_name_or_path == "tiny":
         changed = [f"{name} {value}" for name, value in TINY.items() if getattr(args, name) == value]
-        say(f"settings of the embedded policy: {', '.join(changed)}")
+        distributed.say(f"settings of the embedded policy: {', '.join(changed)}")
     bar = tqdm(total=len(plan), initial=state["position"], disable=rank > 0 or None)
     for position in range(state["position"], len(plan)):
         stage, phase, step = plan[position]
@@ -432,8 +431,8 @@ def main(job=lambda: train(parse_args()), script="train.py"):
         code, text = 128 + stop.args[0], "\nsaved; continue with --resume"
     except KeyboardInterrupt:
         code, text = 130, "\nstopped at once; --resume continues a run from its last checkpoint"
-    except (ValueError, OSError, StopRun) as error:
-        code, text = 2, f"{script}: {distributed.one_line(error)}"
+    except (ValueError, OSError, distributed.StopRun) as error:
+        code, text = 2, f"{script}: {one_line(error)}"
     except Exception as error:
         # The other ranks raise this when one is gone; the cause is that one's, which has shown it.
         lost = isinstance(error, dist.DistBackendError) or "gloo/transport" in str(error)

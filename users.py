@@ -7,7 +7,6 @@ USERS holds every user by name. To add one, write a class (a subclass of Scripte
 import concurrent.futures
 import functools
 import json
-import logging
 import os
 import queue
 import re
@@ -16,7 +15,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from environment import MAX_CALLS, MAX_TEXT, checked_call, clean  # sets what tau2 reads when it is imported
+from environment import (  # sets what tau2 reads when it is imported
+    MAX_CALLS,
+    MAX_TEXT,
+    checked_call,
+    clean,
+    language_models,
+)
 from text import reason
 
 # isort: split
@@ -24,11 +29,6 @@ from tau2.data_model.message import MultiToolMessage, ToolCall, UserMessage
 from tau2.data_model.tasks import Task
 from tau2.environment.environment import Environment
 from tau2.user.user_simulator import OUT_OF_SCOPE, STOP, TRANSFER, UserSimulator, is_valid_user_history_message
-from tau2.utils import llm_utils
-
-# Both would print parts of a server's answer as they are, control characters too.
-llm_utils.print = lambda *_: None
-logging.getLogger("LiteLLM").setLevel(logging.CRITICAL)
 
 SCRIPTED_CALLS = 10  # tool calls of a scripted user in one turn
 _FIRST_PERSON = [
@@ -306,6 +306,7 @@ def prepare(user, api_base=None, temperature=0.0, model_dtype="bfloat16", device
         server = PolicyServer(user.removeprefix("policy:"), model_dtype, device, temperature)
         USERS[user] = functools.partial(LocalUser, server=server)
     elif is_simulated(user):
+        language_models()  # before conversations in several threads ask it
         llm_args = {"timeout": 120, "num_retries": 0, "temperature": temperature, **served_at(api_base), **llm_args}
         USERS[user] = functools.partial(SimulatedUser, llm=user, **llm_args)
 

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from distributed import Count, Seed
 from experiments import runner
+from flags import Count, Seed
 from grpo import TaskRef, Trajectory
 from replay import AdaptiveReplayCL
 

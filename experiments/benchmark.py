@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distributed import Count, Few, checked  # sets what transformers reads when it is imported
+import distributed  # noqa: F401 (sets what transformers reads when it is imported)
 
 # isort: split
 import numpy as np
@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import rollout
 from chat import ChatFormat
+from flags import Count, Few, checked
 from grpo import policy_loss
 from policy import DTYPES, autocast, load_policy, token_logprobs
 from replay import Buffer, add, brs_slot, labrs_slot, lars_slot

@@ -20,9 +20,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from distributed import Count, Few, LearningRate, Units, Weight
 from experiments import runner
 from experiments.runner import Several, cell, of_arm
+from flags import Count, Few, LearningRate, Units, Weight
 from replay import POLICIES, Buffer, add, sample, update_losses
 from report import interval
 from vae import frozen

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed import Count, LearningRate, Units, Weight
 from experiments import runner
 from experiments.runner import Several, cell, of_arm
+from flags import Count, LearningRate, Units, Weight
 from generative import Rehearsal, distillation_loss, replay_weights
 from replay import Buffer, add, sample
 from vae import check_numbers, frozen, make_generator

@@ -14,9 +14,9 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from distributed import Seed
 from experiments import runner
 from experiments.runner import Several
+from flags import Seed
 
 ARMS = {  # --cl_algorithm, and flags of train.py
     "sequential": "sequential",

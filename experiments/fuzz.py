@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"OPENAI_BASE_URL": "http://127.0.0.1:9", "OPENAI_API_KEY": "none", "HF_HUB_OFFLINE": "1"}
 os.environ |= {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "100"}
 
-from distributed import Count, Few, Seed  # sets what other libraries read when they are imported
+import distributed  # noqa: F401 (sets what other libraries read when they are imported)
 
 # isort: split
 from tqdm import tqdm
@@ -44,6 +44,7 @@ from tqdm import tqdm
 import environment
 from experiments import runner
 from experiments.runner import Several, run_command, show_table
+from flags import Count, Few, Seed
 from text import printable
 
 # Small commands. A case takes one of its script's, changes some of its flags, and adds others.

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from distributed import CountOrZero, Seed  # sets what other libraries read when they are imported
+import distributed  # noqa: F401 (sets what other libraries read when they are imported)
 
 # isort: split
 import numpy as np
@@ -38,6 +38,7 @@ import checkpoint
 import policy
 import train
 from experiments.runner import run_command, show_table
+from flags import CountOrZero, Seed
 from generative import GenerativeReplayCL
 from regularize import OnlineEWC
 from replay import ReplayCL

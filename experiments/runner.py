@@ -24,7 +24,8 @@ from annotated_types import MinLen
 from pydantic import AfterValidator
 from tqdm import tqdm
 
-from distributed import Few, Seed, checked, one_line, write_json, write_text
+from distributed import write_json, write_text
+from flags import Few, Seed, checked, one_line
 from regularize import EWC, OnlineEWC
 from report import interval
 from text import printable

@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from distributed import Count, append_jsonl  # sets what other libraries read when they are imported
+from distributed import append_jsonl  # sets what other libraries read when they are imported
+from flags import Count
 
 # isort: split
 import numpy as np

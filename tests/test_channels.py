@@ -18,9 +18,9 @@ from matplotlib import pyplot
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import replay
-from distributed import checked
 from experiments import channels, runner
 from experiments.channels import BUFFERS, SCENARIOS, ChannelPredictor, augment, generate_channels, nmse
+from flags import checked
 
 ROOT = Path(__file__).resolve().parent.parent
 S1, S2, S3 = SCENARIOS

@@ -13,9 +13,9 @@ import torch
 from test_generative import shown_to
 from torch import nn
 
-from distributed import checked
 from experiments import digits
 from experiments.digits import Args, GenerativeReplay, Heads, Kind
+from flags import checked
 from generative import replay_weights
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,8 @@ from pydantic import PositiveInt
 from ranks import on_two_ranks
 
 import distributed
-from distributed import all_gather_json, checked, gathered_in_order, one_line, seeded_generator, sum_over_ranks
+from distributed import all_gather_json, gathered_in_order, seeded_generator, sum_over_ranks
+from flags import checked, one_line
 
 
 def test_all_gather_json_alone_is_a_copy():

@@ -10,8 +10,8 @@ import pytest
 import algorithm
 import eval as evaluation
 import train
-from distributed import checked
 from experiments import adaptive, benchmark, channels, digits, fuzz
+from flags import checked
 
 ROOT = fuzz.ROOT
 

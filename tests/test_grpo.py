@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import grpo
-from distributed import checked
+from flags import checked
 from grpo import Trajectory, cloning_loss, collate, group_advantages, policy_loss
 
 NAN = math.nan

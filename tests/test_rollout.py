@@ -177,11 +177,16 @@ def test_an_error_of_the_environment_spoils_one_trajectory_only(tiny, engine):
         def opening(self):
             raise ConnectionError("no server")
 
-    kinds = (Chatter, Broken, SlowBroken, Unreachable, Chatter)
+    class Endless(SlowChatter):
+        def opening(self):
+            return [{"role": "user", "content": "and then " * 3000}]
+
+    kinds = (Chatter, Broken, SlowBroken, Unreachable, Endless, Chatter)
     played = play(tiny, [kind(n) for n, kind in enumerate(kinds)], engine=engine)
     timeout = "TimeoutError: the server does not answer"
-    assert [t.error for t in played] == ["", timeout, timeout, "ConnectionError: no server", ""]
-    assert [t.termination for t in played] == ["user_stop", *["environment_error"] * 3, "user_stop"]
+    full = "ValueError: the opening of toy task 4 has 24017 tokens, which leaves none in a context of 4096"
+    assert [t.error for t in played] == ["", timeout, timeout, "ConnectionError: no server", full, ""]
+    assert [t.termination for t in played] == ["user_stop", *["environment_error"] * 4, "user_stop"]
     assert all((t.error == "") == t.valid and t.task_id == str(n) for n, t in enumerate(played))
 
 
