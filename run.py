@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections import Counter
@@ -282,12 +283,15 @@ def new_run(args, train_tasks, eval_tasks) -> Path:
     if any(all_gather_json(run.exists())):
         raise ValueError(f"run directory {run} exists; choose another --run_name, or continue it with --resume {run}")
     if rank() == 0:
-        (run / "checkpoints").mkdir(parents=True)
+        temporary = run.with_name(f".{run.name}.tmp")  # a kill leaves no run without settings
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "checkpoints").mkdir(parents=True)
         config = {**dataclasses.asdict(args), "run_name": name, "command": command_line()}
         code = Path(args.cl_algorithm.rpartition(":")[0])
         config["algorithm_sum"] = checkpoint.sum_of(code) if code.is_file() else None
         config.update(train_tasks=task_ids(train_tasks), eval_tasks=task_ids(eval_tasks))
-        write_json(run / "config.json", config)
+        write_json(temporary / "config.json", config)
+        os.replace(temporary, run)
     distributed.barrier()
     return run
 

@@ -71,7 +71,7 @@ MOMENTS = {
     "inside a line of metrics.jsonl": ("half", r"metrics\.jsonl", 8),
     "inside a line of trajectories.jsonl": ("half", r"trajectories\.jsonl", 12),
     "before a log is cut to its checkpoint": ("os.truncate", r".*\.jsonl", 1),
-    "while config.json is written": ("half", r"config\.json\.tmp", 1),
+    "while config.json is written": ("half", r"\.\./.*\.tmp/config\.json\.tmp", 1),
     "while the results are written": ("open", r"summary\.json\.tmp|.*\.png|report\.md\.tmp", 4),
 }
 
@@ -228,7 +228,6 @@ def flags_of(name, run) -> list[str]:
     algorithm = ["--cl_algorithm", f"{Path(__file__).resolve()}:{kind}"]
     if (run / "config.json").exists():
         return ["--resume", str(run), *algorithm]
-    shutil.rmtree(run, ignore_errors=True)  # killed before its settings were written
     return ["--runs_dir", str(run.parent), "--run_name", run.name, *algorithm, *SETTINGS.split(), *settings.split()]
 
 

@@ -188,16 +188,17 @@ def run_command(settings, function):
     exit code of 2 (bad input), 1 (a worker ended), 130 (Ctrl-C) or 143 (SIGTERM)."""
     args = tyro.cli(settings)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    code, line = 0, f"finished jobs are in {args.output}; the same command goes on"
+    code, goes_on = 0, f"; finished jobs are in {args.output}; the same command goes on"
     try:
         checked(settings, vars(args))
         function(args)
     except (ValueError, OSError, ImportError) as error:
         code, line = 2, f"{Path(sys.argv[0]).name}: {one_line(error)}"
     except BrokenProcessPool as error:
-        code, line = 1, f"{error}; {line}"
+        code, line = 1, f"{error}{goes_on}"
     except (KeyboardInterrupt, SystemExit) as stop:
-        code, line = getattr(stop, "code", 130), f"stopped; {line}"
+        has_jobs = (Path(args.output) / "results").is_dir()
+        code, line = getattr(stop, "code", 130), "stopped" + (goes_on if has_jobs else "")
     if code:
         print(printable(line), file=sys.stderr)
     raise SystemExit(code)

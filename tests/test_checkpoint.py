@@ -94,10 +94,10 @@ def test_a_signal_in_an_evaluation_stops_it_at_once_and_loses_nothing(never_stop
 
 
 EARLY = [(moment, 1) for moment in kills.MOMENTS if moment.startswith(("between", "inside", "before"))]
-LAST_LINK = [("before the new link replaces LAST", 14)]  # a resumed run has nothing left to save
+ENDS = [("while config.json is written", 1), ("before the new link replaces LAST", 14)]  # nothing is left to save then
 
 
-@pytest.mark.parametrize("name, moments", [("replay of conversations", EARLY[::2]), ("generative_replay", LAST_LINK)])
+@pytest.mark.parametrize("name, moments", [("replay of conversations", EARLY[::2]), ("generative_replay", ENDS)])
 def test_a_run_that_is_killed_while_it_writes_ends_as_if_it_had_not_been(name, moments, tmp_path):
     kills.start(tmp_path / "whole", kills.flags_of(name, tmp_path / "whole"))
     assert kills.kill_and_resume(name, tmp_path / "killed", moments) == [moment for moment, _ in moments]
