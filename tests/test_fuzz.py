@@ -17,12 +17,12 @@ ROOT = fuzz.ROOT
 
 
 def test_some_cases_of_the_scripts_end_well(tmp_path):
-    scripts = ["train.py", "eval.py", "oracle.py", "experiments/benchmark.py", "experiments/digits.py"]
-    command = [sys.executable, "experiments/fuzz.py", "--cases", "6", "--output", tmp_path, "--scripts", *scripts]
+    scripts = ["train.py", "eval.py", "oracle.py"]
+    command = [sys.executable, "experiments/fuzz.py", "--cases", "4", "--output", tmp_path, "--scripts", *scripts]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     rows = [line.split("|")[1:3] for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
-    assert [[cell.strip() for cell in row] for row in rows] == [[script, "6"] for script in scripts]
+    assert [[cell.strip() for cell in row] for row in rows] == [[script, "4"] for script in scripts]
 
 
 BAD = {  # a script, and what is wrong with it

@@ -227,6 +227,7 @@ def test_a_models_text_can_neither_steer_the_terminal_nor_forge_lines(end):
 HOSTILE = "[a](javascript:b) <img src=x onerror=c> | d `e` **f** \\frac$ $ \x1b[2J\ng\u202e\ud800 ```"
 
 
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # the names are too wide for the pictures
 def test_names_cannot_act_in_a_report_or_a_comparison(tmp_path, compared):
     made = json.dumps(summary("sequential", 0, 0.5, path=HOSTILE))
     found = json.loads(made.replace("retail", json.dumps(HOSTILE)[1:-1]))
