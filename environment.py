@@ -46,7 +46,7 @@ def language_models() -> types.ModuleType:
 
 
 LANGUAGE_MODELS = "tau2.utils.llm_utils"
-sys.modules[LANGUAGE_MODELS] = Later(LANGUAGE_MODELS)  # its litellm takes half of the time that a script needs to start
+sys.modules[LANGUAGE_MODELS] = Later(LANGUAGE_MODELS)  # its litellm takes 40% of a script's start
 
 from tau2.data_model.message import ToolCall
 from tau2.data_model.tasks import Task
