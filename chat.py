@@ -4,6 +4,8 @@ Token in, token out: the policy is trained on exactly the ids that it sampled. T
 itself and appended. The history is never rendered again, so a template that rewrites it cannot change a token.
 """
 
+import copy
+import functools
 import json
 import re
 
@@ -12,6 +14,20 @@ import jinja2
 PROBE_TOOL = {"name": "probe_tool", "description": "", "parameters": {"type": "object", "properties": {}}}
 TOOLS = [{"type": "function", "function": PROBE_TOOL}]
 USER = {"role": "user", "content": "x"}
+
+
+def remembered(method):
+    """The method, whose arguments are JSON, with its last results kept: the samples of a task hear the same words."""
+
+    @functools.lru_cache(maxsize=1024)
+    def of_text(self, text):
+        return method(self, *json.loads(text))
+
+    @functools.wraps(method)
+    def remembering(self, *args):
+        return copy.copy(of_text(self, json.dumps(args)))
+
+    return remembering
 
 
 class ChatFormat:
@@ -114,6 +130,7 @@ class ChatFormat:
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    @remembered
     def opening(self, system, messages, tools) -> list[int]:
         """The ids before the agent's first turn."""
         system = [{"role": "system", "content": system}] if system else []
@@ -121,6 +138,7 @@ class ChatFormat:
             messages = messages[1:]
         return self._ids(self._render(system + self._clean(messages), tools, add_generation_prompt=True))
 
+    @remembered
     def answer(self, messages) -> list[int]:
         """The ids between the end token of an agent turn and the next agent turn, where `messages` are the answer."""
         return self._ids(self._after_turn(self.base + self._clean(messages)))
@@ -140,6 +158,7 @@ class ChatFormat:
         """`parse_message` for this template's tool calls."""
         return parse_message(text, self.bare_calls)
 
+    @remembered
     def cut(self, message, limit):
         """The message with at most `limit` tokens of content (None: all). A cut content ends with " ..."."""
         ids = [] if limit is None else self._ids(message["content"])

@@ -5,12 +5,18 @@ in its folder `training`, because vLLM reads every *.safetensors beside the mode
 a kill at any moment leaves the last good state.
 """
 
+import dataclasses
+import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +26,9 @@ from safetensors.torch import save_file
 
 import policy
 from algorithm import own_attributes
-from distributed import StopRun, all_gather_json, rank, say, world_size, write_json
+from distributed import StopRun, all_gather_json, barrier, rank, say, world_size, write_json
+from flags import one_line
+from text import without_secrets
 
 KEEP = 2  # checkpoints of a run
 LOGS = ("metrics.jsonl", "trajectories.jsonl")  # what is logged after a checkpoint is dropped by a resume
@@ -88,6 +96,92 @@ def lock(run: Path):
         raise ValueError(f"another process is training {run}; wait for it, or stop it")
 
 
+# ------------------------------------------------------------------------------------------------- directory of a run
+
+
+def task_ids(tasks) -> dict:
+    return {domain: [task.id for task in tasks[domain]] for domain in tasks}
+
+
+def read_config(kind, run: Path):
+    """(settings as a dataclass `kind`, whole contents) of a run's config.json. Raises ValueError if the run cannot be
+    resumed."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"cannot resume {run}: there is no {path}")
+    if (run / "report.md").exists():
+        raise ValueError(f"cannot resume {run}: it is finished; see {run / 'report.md'}")
+    try:
+        config = json.loads(path.read_bytes())
+        settings = kind(**{f.name: config[f.name] for f in dataclasses.fields(kind)})
+    except (ValueError, TypeError, KeyError) as error:
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"cannot resume {run}: {path} is damaged ({why})") from error
+    return settings, config
+
+
+def check_own_code(given, args, config):
+    """Raises ValueError unless the user of --resume names the code that the run's config.json names, and it is the
+    same: a run from elsewhere must not bring code along."""
+    if given.cl_algorithm != args.cl_algorithm:
+        flag = f"--cl_algorithm {args.cl_algorithm}"
+        raise ValueError(f"{given.resume} runs code of its own; if you trust it, add {flag}")
+    path = Path(args.cl_algorithm.rpartition(":")[0])
+    if path.is_file() and sum_of(path) != config["algorithm_sum"]:
+        raise ValueError(f"{path} has changed since {given.resume} was started (its sha256 is not algorithm_sum there)")
+
+
+def new_run(args, train_tasks, eval_tasks) -> Path:
+    """Makes the run's directory with its settings. Raises ValueError if the directory exists."""
+    algorithm_name = args.cl_algorithm.rpartition(":")[2]
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = all_gather_json(args.run_name or f"{algorithm_name}_seed{args.seed}_{stamp}")[0]
+    run = Path(args.runs_dir) / name
+    if any(all_gather_json(run.exists())):
+        raise ValueError(f"run directory {run} exists; choose another --run_name, or continue it with --resume {run}")
+    if rank() == 0:
+        temporary = run.with_name(f".{run.name}.tmp")  # a kill leaves no run without settings
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "checkpoints").mkdir(parents=True)
+        config = {**dataclasses.asdict(args), "run_name": name, "command": command_line()}
+        code = Path(args.cl_algorithm.rpartition(":")[0])
+        config["algorithm_sum"] = sum_of(code) if code.is_file() else None
+        config["revision"] = revision()
+        config.update(train_tasks=task_ids(train_tasks), eval_tasks=task_ids(eval_tasks))
+        write_json(temporary / "config.json", config)
+        os.replace(temporary, run)
+    barrier()
+    return run
+
+
+@functools.cache
+def revision() -> str:
+    """The last git commit that changed this code, with "-changed" if it has been changed since; without git, a sum of
+    its files."""
+    root = Path(__file__).parent
+    files = sorted(str(path) for path in root.glob("*.py"))
+
+    def git(*words):
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("log", "-1", "--format=%h", "--abbrev=12", "--", *files)
+        if commit:  # else the repository is not this code's
+            return commit + ("-changed" if git("status", "--porcelain", "--", *files) else "")
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
+
+
+def command_line() -> str | None:
+    """The command that started this run; None if it was started from code."""
+    script = Path(sys.argv[0])
+    if script.suffix != ".py":
+        return None
+    launcher = ["torchrun", f"--nproc_per_node={world_size()}"] if world_size() > 1 else ["python"]
+    return without_secrets(shlex.join([*launcher, script.name, *sys.argv[1:]]))
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -103,8 +197,8 @@ def remove_old(run, keep=KEEP):
 
 def save(trainer):
     """Writes a checkpoint. Every rank must call. Raises StopRun on every rank if it cannot be written."""
-    trainer.state["seconds"] = trainer.seconds
-    trainer.started = time.perf_counter()
+    trainer.state |= {"seconds": trainer.seconds, "cpu_seconds": trainer.cpu_seconds}
+    trainer.started, trainer.cpu_started = time.perf_counter(), time.process_time()
     weights, tensors = policy.gathered_weights(trainer.model), gather(trainer)
     failure = None
     if rank() == 0:

@@ -33,7 +33,7 @@ from distributed import StopRun, all_gather_json, barrier, rank, world_size
 from flags import Count, Few, PositiveShare, Seed, checked, one_line
 from grpo import PASS, Trajectory
 from metrics import cl_metrics, measure, overall, text_metrics  # noqa: F401 (cl_metrics is a public name of eval)
-from report import compare, read_jsonl, show_conversations
+from report import read_jsonl, show_conversations
 from text import reason, without_secrets
 
 MAX_INVALID_SHARE = 0.5  # of the conversations; with more environment errors the run stops
@@ -258,7 +258,9 @@ class Args:
     output: str | None = None
     """directory of results, whose trials are kept. Default: runs/evaluation_MODEL_SPLIT_USER, or runs/comparison"""
     compare: list[str] = dataclasses.field(default_factory=list)
-    """instead, compare these finished runs: tables, CSV, pictures"""
+    """instead, compare these finished runs: tables, tests, CSV, pictures"""
+    baseline: str | None = None
+    """test them against this arm, by its name in the table. Default: sequential"""
     show: str | None = None
     """instead, print conversations of this run or evaluation, the smallest reward first"""
     worst: Count = 5
@@ -406,7 +408,10 @@ def main():
             print(show_conversations(args.show, args.worst, args.task, args.unfold))
         elif args.compare:
             output = args.output or "runs/comparison"
-            print(f"{compare(args.compare, output)}\n\n{output}/comparison.png, learning_curves.png, comparison.csv")
+            from comparison import compare  # here, because only this needs it
+
+            print(compare(args.compare, output, args.baseline))
+            print(f"\n{output}: comparison.md, comparison.csv, comparison.png, learning_curves.png, p_values.png")
         else:
             run_evaluation(args)
     except (ValueError, OSError, StopRun) as error:

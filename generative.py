@@ -387,13 +387,13 @@ class GenerativeReplayCL(CLAlgorithm):
         return pieces
 
     def as_tokens(self, windows):
-        """(token ids, attention mask, mask of tokens that the policy is to sample), each (B, length of the longest
-        window), of the generator's numbers. Nothing counts after a window's end."""
+        """(token ids, mask of tokens that the policy is to sample), each (B, length of the longest window), of the
+        generator's numbers. Nothing counts after a window's end."""
         mask = (windows != 0).cumprod(1)
         longest = max(1, int(mask.sum(1).max()))
         windows, mask = windows[:, :longest], mask[:, :longest]
         symbols = torch.tensor(self.symbols, device=windows.device)[windows]
-        return symbols // 2 * mask, mask, symbols % 2 * mask
+        return symbols // 2 * mask, symbols % 2 * mask
 
     def count(self, domain, name, value):
         """Adds to the running mean `name` of a domain's training."""

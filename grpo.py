@@ -384,13 +384,15 @@ def batch_stats(batch, logprobs, entropy, found) -> dict:
     """What is logged of a micro-batch: sums over its sampled tokens, and extremes of the ratio; `found`: the statistics
     of `batch_loss`."""
     log_ratio = (logprobs.detach() - batch["old_logprobs"])[batch["mask"]]
-    initial = (batch["initial_logprobs"] - logprobs.detach())[batch["mask"]]
+    initial = batch.get("initial_logprobs")
+    if initial is not None:
+        kl = kl_estimate((initial - logprobs.detach())[batch["mask"]])
+        found = {**found, "kl_initial": kl.sum().item()}
     trained = int(batch["trained"].sum())
     return {
         **found,
         "kl": found.get("kl", 0.0) * trained,
         "clip_share": found["clip_share"] * trained,
-        "kl_initial": kl_estimate(initial).sum().item(),
         "replayed_kl": kl_estimate(log_ratio).sum().item(),
         "entropy": entropy.sum().item(),
         "deviation": log_ratio.expm1().abs().max().item() if len(log_ratio) else 0.0,
@@ -410,12 +412,14 @@ def update_stats(history, counts) -> dict[str, float]:
     first = [s["deviation"] for s in history[0] if not s["stored"]]
     found = {
         "loss": sum(s["loss"] for s in history[0]),
-        **{name: mean(name, new, "new_tokens") for name in ("kl", "kl_initial", "entropy", "clip_share")},
+        **{name: mean(name, new, "new_tokens") for name in ("kl", "entropy", "clip_share")},
         "ratio_first_step": 1.0 + max(first, default=0.0),
         "ratio_min": min((s["ratio_min"] for s in new), default=1.0),
         "ratio_max": max((s["ratio_max"] for s in new), default=1.0),
         "action_tokens": counts["new_tokens"],
     }
+    if any("kl_initial" in s for s in new):
+        found["kl_initial"] = mean("kl_initial", new, "new_tokens")
     if old:
         found.update(
             replayed_kl=mean("replayed_kl", old, "replayed_tokens"),

@@ -74,36 +74,43 @@ def transfer_so_far(R) -> dict:
     return {name: found[name] for name in ("average", "current", "backward_transfer", "forgetting")}
 
 
-def bootstrap(*strata, resamples=10_000, seed=0) -> tuple[float, float]:
+def mean_of_means(strata) -> np.ndarray:
+    return np.mean([values.mean(-1) for values in strata], axis=0)
+
+
+def bootstrap(*strata, statistic=mean_of_means, resamples=10_000, seed=0) -> tuple[float, float]:
     """95% interval of the mean of values (one per task) by the percentile bootstrap (Efron 1979). Several strata (one
-    per domain): of the mean of their means. (0, 0) without values."""
+    per domain), each resampled by itself: of the mean of their means, or of another statistic of the strata, which are
+    arrays (..., values). (0, 0) without values."""
     strata = [np.asarray(values, dtype=float) for values in strata if len(values)]
     if not strata:
         return 0.0, 0.0
     rng = np.random.default_rng(seed)
-    means = [v[rng.integers(len(v), size=(resamples, len(v)))].mean(1) for v in strata]
-    low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
+    drawn = [values[rng.integers(len(values), size=(resamples, len(values)))] for values in strata]
+    low, high = np.quantile(statistic(drawn), [0.025, 0.975])
     return float(low), float(high)
 
 
-def rewards_by_task(records, domain, tasks) -> list[list[float]]:
+def rewards_by_task(records, domain, tasks) -> dict[str, list[float]]:
     """The rewards of each task's valid conversations, for tasks that have any."""
     valid = [r for r in records if r["domain"] == domain and r["reward"] is not None]
-    found = [[r["reward"] for r in valid if r["task_id"] == task.id] for task in tasks]
-    return [rewards for rewards in found if rewards]
+    found = {task.id: [r["reward"] for r in valid if r["task_id"] == task.id] for task in tasks}
+    return {task_id: rewards for task_id, rewards in found.items() if rewards}
 
 
 def measure(records, domain, tasks, num_trials, user="scripted", evaluation_type="all", pass_threshold=PASS) -> dict:
     """Metrics of one domain's records: reward_mean, its 95% interval over tasks (reward_low, reward_high; see
     `bootstrap`), reward_std (over conversations), pass_rate, pass_hat_1 to pass_hat_<num_trials>, tool_accuracy (share
     of gold actions taken), turns, truncated (a share), invalid and tasks (numbers), reward_parts (the mean of each),
-    and the scores of doing nothing: do_nothing_rate (None if there is none), do_nothing_parts. Invalid conversations
-    count in turns, truncated and invalid only. A reward of `pass_threshold` or more passes."""
+    the scores of doing nothing: do_nothing_rate (None if there is none), do_nothing_parts; and by_task, the mean reward
+    of each task. Invalid conversations count in turns, truncated and invalid only. A reward of `pass_threshold` or more
+    passes."""
     records = [r for r in records if r["domain"] == domain]
     valid = [r for r in records if r["reward"] is not None]
     rewards = [r["reward"] for r in valid]
     by_task = rewards_by_task(records, domain, tasks)
-    low, high = bootstrap([np.mean(found) for found in by_task])
+    means = {task_id: mean(found) for task_id, found in by_task.items()}
+    low, high = bootstrap(list(means.values()))
     floor, floor_parts = oracle.do_nothing(domain, tasks, user, evaluation_type)
     metrics = {
         "reward_mean": mean(rewards),
@@ -119,8 +126,9 @@ def measure(records, domain, tasks, num_trials, user="scripted", evaluation_type
         "tasks": len(tasks),
         "reward_parts": oracle.mean_parts([r["reward_parts"] for r in valid]),
         "do_nothing_parts": floor_parts,
+        "by_task": means,
     }
-    passed = [[r >= pass_threshold for r in found] for found in by_task]
+    passed = [[r >= pass_threshold for r in found] for found in by_task.values()]
     for k in range(1, num_trials + 1):
         metrics[f"pass_hat_{k}"] = mean([pass_hat_k(sum(p), len(p), k) for p in passed if len(p) >= k])
     return metrics
@@ -133,7 +141,7 @@ def overall(metrics, records, tasks) -> dict:
         if isinstance(value, float | None):
             values = [of_domain[name] for of_domain in metrics.values()]
             found[name] = None if None in values else mean(values)
-    strata = [[np.mean(r) for r in rewards_by_task(records, domain, chosen)] for domain, chosen in tasks.items()]
+    strata = [list(map(mean, rewards_by_task(records, d, chosen).values())) for d, chosen in tasks.items()]
     found["reward_low"], found["reward_high"] = bootstrap(*strata)
     return {**found, **{name: sum(values[name] for values in metrics.values()) for name in ("invalid", "tasks")}}
 

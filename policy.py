@@ -94,7 +94,7 @@ TINY_CORPUS = [
 
 
 def _tiny(corpus, seed, attn_implementation):
-    """A Qwen2 of about a million parameters with a byte-level BPE tokenizer trained on `corpus`, in seconds."""
+    """A Qwen2 of about 600,000 parameters with a byte-level BPE tokenizer trained on `corpus`, in seconds."""
     tokenizer = Qwen2Tokenizer(eos_token="<|im_end|>").train_new_from_iterator(
         corpus or TINY_CORPUS,
         vocab_size=2048,
@@ -108,7 +108,7 @@ def _tiny(corpus, seed, attn_implementation):
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
@@ -419,7 +419,7 @@ def token_logprobs(model, ids_B_T, attention_mask_B_T, temperature=1.0, mask_B_T
 
     wanted = attention_mask_B_T[:, 1:].bool() if mask_B_T is None else mask_B_T[:, 1:].bool()
     results = []
-    for column in _read_logits(model, ids_B_T, attention_mask_B_T, wanted, read, targets[wanted]):
+    for column in _read_logits(model, ids_B_T, wanted, read, targets[wanted]):
         full = torch.zeros(ids_B_T.shape, device=ids_B_T.device)
         full[:, 1:] = full[:, 1:].masked_scatter(wanted, column)
         results.append(full)
@@ -438,14 +438,14 @@ def frozen_head(model) -> nn.Module:
     return _filled(skeleton, head.parameters(), model.compute_dtype)
 
 
-def hidden_states(model, ids_B_T, attention_mask_B_T, mask_B_T) -> Tensor:
+def hidden_states(model, ids_B_T, mask_B_T) -> Tensor:
     """The last hidden states (N, H) that predict the N tokens of `mask_B_T` (never a first token), without gradient.
     With the `frozen_head` they stand for N distributions over the vocabulary, in the memory of N vectors."""
     with torch.no_grad():
-        return _read_logits(model, ids_B_T, attention_mask_B_T, mask_B_T[:, 1:].bool(), None)[0]
+        return _read_logits(model, ids_B_T, mask_B_T[:, 1:].bool(), None)[0]
 
 
-def distillation_kl(model, ids_B_T, attention_mask_B_T, mask_B_T, head, teacher_NH) -> Tensor:
+def distillation_kl(model, ids_B_T, mask_B_T, head, teacher_NH) -> Tensor:
     """KL(teacher || policy) in nats, summed over the N distributions of the tokens of `mask_B_T`; a scalar. The teacher
     is given by its `frozen_head` and its `hidden_states` for the same tokens."""
 
@@ -455,24 +455,25 @@ def distillation_kl(model, ids_B_T, attention_mask_B_T, mask_B_T, head, teacher_
         return (F.kl_div(logits_NV.log_softmax(-1), teacher_NV, reduction="none", log_target=True).sum(-1),)
 
     wanted = mask_B_T[:, 1:].bool()
-    (kl,) = _read_logits(model, ids_B_T, attention_mask_B_T, wanted, read, teacher_NH)
+    (kl,) = _read_logits(model, ids_B_T, wanted, read, teacher_NH)
     return kl.sum()
 
 
-def _read_logits(model, ids_B_T, attention_mask_B_T, wanted, read, *rows):
+def _read_logits(model, ids_B_T, wanted, read, *rows):
     """read(logits (n, V), *rows (n, ...)) -> tuple of tensors (n, ...), CHUNK logits at a time, for the logits that
     predict the tokens `wanted` (B, T - 1), which begin with the second. Returns the tuple for all N. `read` None: the
     hidden states (N, H) before the projection."""
     project = getattr(model, "project", None) or types.MethodType(_project, model)  # FSDP wraps the first
     model.train(torch.is_grad_enabled() and getattr(model, "recompute_layers", False))  # as transformers requires
     with autocast(model):
-        columns = project(ids_B_T, attention_mask_B_T, wanted, read, *rows)
+        columns = project(ids_B_T, wanted, read, *rows)
     model.eval()
     return columns
 
 
-def _project(model, ids_B_T, attention_mask_B_T, wanted, read, *rows):
-    hidden = model.get_decoder()(input_ids=ids_B_T, attention_mask=attention_mask_B_T, use_cache=False)
+def _project(model, ids_B_T, wanted, read, *rows):
+    # Without a mask: padding is on the right, where causal attention of a token never looks.
+    hidden = model.get_decoder()(input_ids=ids_B_T, use_cache=False)
     head = model.get_output_embeddings()
 
     def project(hidden_N, *rows):

@@ -214,8 +214,8 @@ class LwF(CLAlgorithm):
         rows = []
         for batch in trainer.batches:
             mask = batch["mask"] & ~batch["replayed"][:, None]
-            rows.append((batch["ids"], batch["attention_mask"], mask))
-        total = distributed.sum_over_ranks(sum(int(mask.sum()) for _, _, mask in rows))
+            rows.append((batch["ids"], mask))
+        total = distributed.sum_over_ranks(sum(int(mask.sum()) for _, mask in rows))
         if total == 0:
             return
         with policy.weights_of(trainer.model, self.teacher):

@@ -1,6 +1,6 @@
-"""Reports: report.md, pictures, the comparison of runs, and conversations to read.
+"""Reports: report.md, pictures, and conversations to read.
 
-Data flow: summary.json and metrics.jsonl -> report.md and pictures; many summaries -> one table, a CSV and pictures.
+Data flow: summary.json and metrics.jsonl -> report.md and pictures.
 """
 
 import contextlib
@@ -29,6 +29,12 @@ def interval(values) -> tuple[float, float]:
     """(mean, half width of its 95% confidence interval by Student's t). The half width of a single value is NaN."""
     values = pd.Series(values, dtype=float)
     return values.mean(), values.sem() * stdtrit(len(values) - 1, 0.975)
+
+
+def cell(values, form=".2f") -> str:
+    """Mean and 95% interval as text, such as "0.93 ± 0.02"."""
+    mean, half = interval(values)
+    return f"{mean:{form}}" if np.isnan(half) else f"{mean:{form}} ± {half:.2f}"
 
 
 def read_jsonl(path) -> list[dict]:
@@ -198,7 +204,6 @@ def learning_curves(groups):
     return figure
 
 
-OF_A_RUN = ("cl_algorithm", "seed", "run_name", "resume", "runs_dir")  # settings that do not make a group
 NEEDED = {"cl_algorithm", "seed", "task_order", "stages", "R", "baseline", "warm_start", "do_nothing_rate", "metrics"}
 NEEDED |= {"minutes", "bytes_kept", "config"}
 
@@ -221,107 +226,6 @@ def read_summary(run) -> dict:
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{run} is not a finished run: summary.json: {error}") from error
     return summary
-
-
-def name_groups(summaries) -> tuple[list[str], str]:
-    """(the name of each run's group, a note). Runs with equal settings are a group. It is named by its algorithm and
-    the settings in which it differs from most groups; the note gives their usual values."""
-    settings = pd.DataFrame({k: json.dumps(v) for k, v in s["config"].items() if k not in OF_A_RUN} for s in summaries)
-    for name, values in settings.items():  # of a run whose version had no such setting
-        settings[name] = values.fillna("null" if "null" in values.values else values.mode().iloc[0])
-    algorithms = [s["cl_algorithm"] for s in summaries]
-    usual = settings[~settings.assign(cl_algorithm=algorithms).duplicated()].mode().iloc[0]
-    unusual = settings.ne(usual)
-
-    def named(values):
-        return [f"{name} {json.loads(value)}" for name, value in values.items()]
-
-    names = [", ".join([algorithm, *named(settings.loc[i, unusual.loc[i]])]) for i, algorithm in enumerate(algorithms)]
-    varied = named(usual[unusual.any()])
-    return names, f"Where not named: {', '.join(varied)}." if varied else ""
-
-
-def group_runs(runs) -> tuple[pd.DataFrame, str]:
-    """(table, note; see `name_groups`). The table has a row per run, with its folder as index, and the columns
-    algorithm (its group), seed, minutes, bytes_kept, each metric, lifts, and the transfer matrix. Raises ValueError for
-    a run that is not finished, or counts twice."""
-    folders = [Path(run) for run in runs]
-    summaries = [read_summary(folder) for folder in folders]
-    names, note = name_groups(summaries)
-    rows = []
-    for name, s in zip(names, summaries, strict=True):
-        row = {"algorithm": name, **{key: s[key] for key in ("seed", "minutes", "bytes_kept")}, **s["metrics"]}
-        row |= {f"lift of {domain}": value for domain, value in lifts(s).lift.items()}
-        rows.append(row | {" ".join(place): value for place, value in matrix(s).unstack().items()})
-    table = pd.DataFrame(rows, index=folders)
-    for folder, row in table[table.duplicated(["algorithm", "seed"])].iterrows():
-        raise ValueError(f"{folder} has the settings and the seed {row.seed} of another run: each counts once")
-    return table, note
-
-
-def compare(runs, output) -> str:
-    """Compares groups of finished runs, see `group_runs`. Returns Markdown: a table of means with 95% intervals over
-    seeds, and one of the differences from sequential, run by run of the same seed. Time is a ratio to sequential.
-    Writes these to `output`, a directory, with comparison.csv (a row per run) and pictures."""
-    table, note = group_runs(runs)
-    base = next((name for name in table.algorithm if name.split(", ")[0] == "sequential"), None)
-    of_base = table[table.algorithm == base].set_index("seed")
-    time = "minutes" if base is None else "time / seq."
-    table[time] = table.minutes / (1 if base is None else of_base.minutes.mean())
-    groups = table.groupby("algorithm", sort=False)
-    rows = groups[["forgetting", "average", "backward_transfer", "minutes"]].agg(cell)
-    rows = rows.rename(columns={"backward_transfer": "backward transfer"})
-    rows.insert(0, "seeds", groups.size())
-    rows.insert(4, "least lift by GRPO", [least_lift(group) for _, group in groups])
-    if base is not None:
-        rows[time] = groups[time].mean().map("{:.2f}".format)
-    rows["kept, kB"] = (groups.bytes_kept.mean() / 1000).map("{:.1f}".format)
-    parts = [rows.rename(markdown).to_markdown(disable_numparse=True), *([markdown(note)] if note else [])]
-    metrics = ["forgetting", "average"]
-    others = table[table.algorithm != base].copy()
-    others[metrics] -= of_base[metrics].reindex(others.seed).to_numpy()
-    pairs = others.dropna(subset=metrics).groupby("algorithm", sort=False)
-    if len(pairs):
-        rows = pairs[metrics].agg(cell, form="+.2f")
-        rows.insert(0, "seeds", pairs.size())
-        rows = rows.rename(markdown).rename_axis("difference from sequential")
-        parts.append(rows.to_markdown(disable_numparse=True))
-    text = "\n\n".join(parts)
-    pictures = {"comparison.png": forgetting_over_time(groups, time)}
-    pictures["learning_curves.png"] = learning_curves({name: group.index for name, group in groups})
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "comparison.md", text + "\n")
-    table.to_csv(output / "comparison.csv", index=False)
-    for name, picture in pictures.items():
-        picture.savefig(output / name)
-    return text
-
-
-def cell(values, form=".2f") -> str:
-    mean, half = interval(values)
-    return f"{mean:{form}}" if np.isnan(half) else f"{mean:{form}} ± {half:.2f}"
-
-
-def least_lift(group) -> str:
-    """The smallest mean lift of a group's domains, and which domain that is."""
-    lift = group.filter(like="lift of ").mean().dropna()
-    return f"{lift.min():+.2f} ({markdown(lift.idxmin().removeprefix('lift of '))})" if len(lift) else ""
-
-
-@PLAIN
-def forgetting_over_time(groups, time):
-    """Forgetting against the column `time`: means over seeds, with 95% intervals. Down and left is better."""
-    figure = Figure((6.4, max(2.8, 0.3 * len(groups) + 1.0)), 200, layout="constrained")
-    axes = figure.subplots()
-    for k, (name, runs) in enumerate(groups):
-        mean, half = interval(runs.forgetting)
-        style = {"fmt": MARKERS[k % 6], "color": COLOURS[(k + k // 6) % 6]}  # 36 pairs
-        axes.errorbar(runs[time].mean(), mean, half, capsize=2, label=textwrap.fill(name, 40), **style)
-    axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.set(xlabel=time, ylabel="forgetting")
-    figure.legend(loc="outside right center", fontsize=7)
-    return figure
 
 
 def show_conversations(folder, worst=5, task=None, unfold=False) -> str:

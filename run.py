@@ -1,11 +1,8 @@
 """A run: opening it, the record that the loop and the hooks read, its directory and its logs."""
 
 import dataclasses
-import datetime
 import json
 import os
-import shlex
-import shutil
 import sys
 import time
 from collections import Counter
@@ -26,12 +23,14 @@ import rollout
 import tracking
 import users
 from algorithm import LIBRARY, CLAlgorithm, check_hooks, load_algorithm, own_attributes
-from distributed import StopRun, all_gather_json, append_jsonl, rank, say, world_size, write_json
-from flags import Count, one_line
+from distributed import StopRun, append_jsonl, rank, say, world_size, write_json
+from flags import Count
 from grpo import TaskRef, Trajectory
 from metrics import cl_metrics, transfer_so_far
 from replay import TrajectoryBuffer
-from text import printable, without_secrets
+from text import printable
+
+INITIAL_EVERY = 4  # steps between two that log the KL to the policy before any training: it costs a forward pass
 
 
 @dataclass(kw_only=True)
@@ -80,6 +79,7 @@ class Trainer:
     own_attributes: list[dict] = field(default_factory=list)  # see checkpoint.warn_of_unsaved_state
     writer: object = None  # of TensorBoard
     started: float = field(default_factory=time.perf_counter)
+    cpu_started: float = field(default_factory=time.process_time)
 
     @property
     def config(self):
@@ -106,6 +106,11 @@ class Trainer:
         """Seconds that the run has taken, without the time between a stop and a resume."""
         return self.state["seconds"] + time.perf_counter() - self.started
 
+    @property
+    def cpu_seconds(self):
+        """The same of the processors, of all ranks. Every rank must ask."""
+        return self.state["cpu_seconds"] + distributed.sum_over_ranks(time.process_time() - self.cpu_started)
+
     def log_custom_metric(self, name, value):
         """Adds a number to the next record of metrics.jsonl: that of the step in post_step_hook."""
         self.custom_metrics[name] = float(value)
@@ -124,7 +129,7 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
     config, folder = None, None
     if args.resume:
         run = Path(args.resume)
-        given, (args, config) = args, read_config(type(args), run)
+        given, (args, config) = args, checkpoint.read_config(type(args), run)
         checkpoint.lock(run)
         folder = next(reversed(checkpoint.checkpoints(run)), None)  # a run killed before its first one begins again
         saved = checkpoint.read(folder) if folder else None
@@ -135,7 +140,7 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
         made = f"{run} was started from code with an instance of {args.cl_algorithm}"
         raise ValueError(f"{made}; continue it with train(Args(resume=...), algorithm=...)")
     if config and algorithm is None and ":" in args.cl_algorithm:
-        check_own_code(given, args, config)
+        checkpoint.check_own_code(given, args, config)
     if algorithm is None:  # before the tasks: the file of a user's class may register a domain
         algorithm = load_algorithm(args.cl_algorithm, algorithms, args)
     else:
@@ -144,7 +149,7 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
     users.check(args.user)
     tasks = oracle.training_tasks(args)
     eval_tasks = oracle.evaluation_tasks(args, tasks)
-    if config and config["train_tasks"] != task_ids(tasks):
+    if config and config["train_tasks"] != checkpoint.task_ids(tasks):
         raise ValueError(f"cannot resume {run}: the train_tasks of its config.json are not those of this tau2")
     algorithms = [algorithm, *regularize.penalties(args, algorithm)]
     users.prepare(args.user, os.environ.get("OPENAI_BASE_URL"), model_dtype=args.model_dtype, device=device)
@@ -176,7 +181,7 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
         episode = oracle.Episode(domain, task, users.scripted_like(args.user), args.max_turns)
         rollout.check_opening(model, tokenizer, episode, *limits)
     if config is None:
-        run = new_run(args, tasks, eval_tasks)
+        run = checkpoint.new_run(args, tasks, eval_tasks)
         checkpoint.lock(run)
     if tiny_lora:  # an adapter's directory names its base, which must be a directory, too
         weights = policy.gathered_weights(model)
@@ -208,6 +213,7 @@ def initial_state() -> dict:
         "position": 0,  # in the schedule
         "warm": -1,  # the stage whose warm start has reached its target
         "warm_steps": 0,  # of the current stage
+        "checked": {},  # the mean rewards of its tasks when it last looked, by domain and id
         "global_step": 0,  # GRPO steps so far
         "skipped_in_a_row": 0,  # updates without a finite gradient
         "replayed": {"grpo": {}, "warmup": {}},  # conversations, and demonstrations, by domain
@@ -215,7 +221,10 @@ def initial_state() -> dict:
         "epoch": None,  # of the tasks: stage, phase, number
         "epoch_rates": {},  # the pass rates when it began
         "examples": 0,  # conversations trained on so far, demonstrations and replayed ones included
+        "conversations": 0,  # of GRPO steps, so far, and ...
+        "sampled_tokens": 0,  # ... their sampled tokens
         "seconds": 0.0,
+        "cpu_seconds": 0.0,
         "ranks": world_size(),
         "baseline": {},
         "warm_start": {},
@@ -239,77 +248,13 @@ def announce(trainer: Trainer):
     say(f"writing {trainer.run}")
 
 
-# ------------------------------------------------------------------------------------------------------ the directory
-
-
-def task_ids(tasks) -> dict:
-    return {domain: [task.id for task in tasks[domain]] for domain in tasks}
-
-
-def read_config(kind, run: Path):
-    """(settings as a dataclass `kind`, whole contents) of a run's config.json. Raises ValueError if the run cannot be
-    resumed."""
-    path = run / "config.json"
-    if not path.is_file():
-        raise ValueError(f"cannot resume {run}: there is no {path}")
-    if (run / "report.md").exists():
-        raise ValueError(f"cannot resume {run}: it is finished; see {run / 'report.md'}")
-    try:
-        config = json.loads(path.read_bytes())
-        settings = kind(**{f.name: config[f.name] for f in dataclasses.fields(kind)})
-    except (ValueError, TypeError, KeyError) as error:
-        why = f"{type(error).__name__}: {one_line(error)}"
-        raise ValueError(f"cannot resume {run}: {path} is damaged ({why})") from error
-    return settings, config
-
-
-def check_own_code(given, args, config):
-    """Raises ValueError unless the user of --resume names the code that the run's config.json names, and it is the
-    same: a run from elsewhere must not bring code along."""
-    if given.cl_algorithm != args.cl_algorithm:
-        flag = f"--cl_algorithm {args.cl_algorithm}"
-        raise ValueError(f"{given.resume} runs code of its own; if you trust it, add {flag}")
-    path = Path(args.cl_algorithm.rpartition(":")[0])
-    if path.is_file() and checkpoint.sum_of(path) != config["algorithm_sum"]:
-        raise ValueError(f"{path} has changed since {given.resume} was started (its sha256 is not algorithm_sum there)")
-
-
-def new_run(args, train_tasks, eval_tasks) -> Path:
-    """Makes the run's directory with its settings. Raises ValueError if the directory exists."""
-    algorithm_name = args.cl_algorithm.rpartition(":")[2]
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = all_gather_json(args.run_name or f"{algorithm_name}_seed{args.seed}_{stamp}")[0]
-    run = Path(args.runs_dir) / name
-    if any(all_gather_json(run.exists())):
-        raise ValueError(f"run directory {run} exists; choose another --run_name, or continue it with --resume {run}")
-    if rank() == 0:
-        temporary = run.with_name(f".{run.name}.tmp")  # a kill leaves no run without settings
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "checkpoints").mkdir(parents=True)
-        config = {**dataclasses.asdict(args), "run_name": name, "command": command_line()}
-        code = Path(args.cl_algorithm.rpartition(":")[0])
-        config["algorithm_sum"] = checkpoint.sum_of(code) if code.is_file() else None
-        config.update(train_tasks=task_ids(train_tasks), eval_tasks=task_ids(eval_tasks))
-        write_json(temporary / "config.json", config)
-        os.replace(temporary, run)
-    distributed.barrier()
-    return run
-
-
-def command_line() -> str | None:
-    """The command that started this run; None if it was started from code."""
-    script = Path(sys.argv[0])
-    if script.suffix != ".py":
-        return None
-    launcher = ["torchrun", f"--nproc_per_node={world_size()}"] if world_size() > 1 else ["python"]
-    return without_secrets(shlex.join([*launcher, script.name, *sys.argv[1:]]))
-
-
 # --------------------------------------------------------------------------------------------------------------- logs
 
 
 def log_conversations(trainer: Trainer, records):
-    """A step's conversations, of all ranks, go into trajectories.jsonl."""
+    """A step's conversations, of all ranks, are counted, and go into trajectories.jsonl."""
+    trainer.state["conversations"] += len(records)
+    trainer.state["sampled_tokens"] += sum(record["tokens"] for record in records)
     for k, record in enumerate(records):
         position = {"global_step": trainer.step, "sample": k % trainer.args.num_samples_per_prompt}
         record.update(kind="rollout", replayed=record["domain"] not in trainer.domains, **position)
@@ -330,12 +275,23 @@ def log(trainer, record):
 # ------------------------------------------------------------------------------------------------------ of one step
 
 
+def demonstration(args, tokenizer, domain, task) -> Trajectory:
+    """The task's gold conversation, as the policy would have to say it."""
+    user = users.scripted_like(args.user)
+    turns = oracle.agent_turns(oracle.demonstrate(domain, task, user))
+    episode = oracle.Episode(domain, task, user, max_turns=len(turns) + 1)
+    return rollout.demonstration(tokenizer, episode, turns, args.max_user_tokens, args.max_tool_tokens)
+
+
 @torch.no_grad()
 def add_reference_logprobs(trainer: Trainer):
-    """Adds to each micro-batch the log-probabilities of the policy before any training, and of the reference policy of
-    the KL penalty."""
+    """Adds to each micro-batch the log-probabilities of the reference policy of the KL penalty; and in every
+    INITIAL_EVERY-th step, for the log, those of the policy before any training."""
     args, model = trainer.args, trainer.model
-    policies = {"initial_logprobs": trainer.initial}
+    needed = args.kl_coef > 0 and args.kl_reference == "initial"
+    policies = {}
+    if needed or trainer.step % INITIAL_EVERY == 0:
+        policies["initial_logprobs"] = trainer.initial
     if args.kl_coef > 0 and args.kl_reference == "domain":
         policies["ref_logprobs"] = trainer.reference
     for name, weights in policies.items():
@@ -343,7 +299,7 @@ def add_reference_logprobs(trainer: Trainer):
             for batch in trainer.batches:
                 inputs = (batch["ids"], batch["attention_mask"], args.temperature, batch["mask"])
                 batch[name] = policy.token_logprobs(model, *inputs)
-    if args.kl_coef > 0 and args.kl_reference == "initial":
+    if needed:
         for batch in trainer.batches:
             batch["ref_logprobs"] = batch["initial_logprobs"]
 
@@ -365,7 +321,7 @@ def all_trajectories(trainer: Trainer, trajectories, records) -> list[Trajectory
         return []
     usable = [t.usable(trainer.args.mask_truncated) for t in trajectories]
     rows = [
-        dataclasses.asdict(dataclasses.replace(t, messages=[])) if u else None
+        {**vars(t), "messages": []} if u else None  # the records have them, as JSON
         for t, u in zip(trajectories, usable, strict=True)
     ]
     rows = distributed.gathered_in_order(rows, len(trainer.refs_P), trainer.args.num_samples_per_prompt)
@@ -382,7 +338,8 @@ def stored_losses(trainer: Trainer) -> list[float]:
 
 
 def evaluate(trainer: Trainer, stop, stage, domains, step) -> dict[str, float]:
-    """The mean reward of each domain; all metrics are logged. Stage "check" is on training tasks, in the warm start."""
+    """The mean reward of each domain; all metrics are logged. Stage "check" is a look in the warm start: on training
+    tasks, with the mean reward of each domain's hardest one."""
     args, check = trainer.args, stage == "check"
     tasks = trainer.tasks if check else trainer.eval_tasks
     purpose = 2 + ("check", "warmup", "baseline", "domain").index(stage)
@@ -408,6 +365,9 @@ def evaluate(trainer: Trainer, stop, stage, domains, step) -> dict[str, float]:
     )
     scores = {domain: values["reward_mean"] for domain, values in details.items()}
     trainer.state["evaluation"] = details if stage == "domain" else trainer.state["evaluation"]
+    if check:
+        trainer.state["checked"] = {domain: values["by_task"] for domain, values in details.items()}
+        scores = {domain: min(means.values()) for domain, means in trainer.state["checked"].items()}
     about = {"kind": "evaluation", "stage": stage, "domain": trainer.domain}
     log(trainer, {**about, "scores": scores, "details": details})
     return scores
@@ -450,7 +410,7 @@ def statistics_of(trainer: Trainer) -> dict:
 def finish(trainer: Trainer) -> dict:
     """Writes summary.json and the report, shows the result, and returns the summary."""
     args, state, run = trainer.args, trainer.state, trainer.run
-    order, buffer = args.task_order, trainer.trajectory_buffer
+    order, buffer, config = args.task_order, trainer.trajectory_buffer, json.loads((run / "config.json").read_bytes())
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     versions.update(oracle.data_version())
     solo = ", ".join(domain for domain in order if oracle.is_solo(domain, args.user))
@@ -474,11 +434,15 @@ def finish(trainer: Trainer) -> dict:
         "do_nothing_rate": {d: state["evaluation"][d]["do_nothing_rate"] for d in order},
         "statistics": statistics_of(trainer),
         "bytes_kept": kept + sum(algorithm.bytes_kept() for algorithm in trainer.algorithms),
+        "conversations": state["conversations"],
+        "sampled_tokens": state["sampled_tokens"],
+        "cpu_seconds": trainer.cpu_seconds,
         "minutes": trainer.seconds / 60,
         "ranks": world_size(),
         "versions": versions,
         "config": dataclasses.asdict(args),
-        "command": json.loads((run / "config.json").read_bytes())["command"],
+        "command": config["command"],
+        "revision": ", then ".join(dict.fromkeys([config.get("revision", "unknown"), checkpoint.revision()])),
     }
     if rank() == 0:
         write_json(run / "summary.json", summary)

@@ -41,7 +41,6 @@ import replay
 import rollout
 import run
 import tracking
-import users
 from algorithm import CLAlgorithm
 from flags import CHECKED, Count, CountOrZero, Few, LearningRate, Positive, PositiveShare, Seed, one_line
 from grpo import TaskRef, Trajectory
@@ -58,6 +57,7 @@ ALGORITHMS = {
     "online_ewc": regularize.OnlineEWC,
     "lwf": regularize.LwF,
 }
+LOOK_EVERY, LOOK_BELOW = 2, 0.4  # steps, and the loss, at which a warm start looks which tasks are at its target
 MAX_SKIPPED = 5  # updates without a finite gradient, one after the other, that end a run
 
 
@@ -94,7 +94,7 @@ class Flags:
     warmup_steps: CountOrZero = 0
     """supervised steps on gold demonstrations before each domain's GRPO, at most"""
     warmup_target: Positive | None = None
-    """end the warm start as soon as the mean reward of sampled conversations reaches this"""
+    """leave out of the warm start the tasks whose sampled conversations have this mean reward; end it when all have"""
     warmup_learning_rate: LearningRate = 1e-5
     """learning rate of the warm start"""
 
@@ -102,22 +102,23 @@ class Flags:
 # The embedded policy shows something in minutes with these. It memorises a few tasks; a real model needs none of them.
 TINY = {
     "model_dtype": "float32",
-    "max_tasks_per_domain": 4,
+    "max_tasks_per_domain": 3,
     "max_turns": 5,
     "temperature": 0.5,
     "max_new_tokens": 96,
     "max_context": 320,
     "max_user_tokens": 64,
     "max_tool_tokens": 12,
-    "batch_size_per_gpu": 4,
+    "batch_size_per_gpu": 3,
     "gradient_accumulation_steps": 1,
     "micro_batch_tokens": 4096,
     "num_samples_per_prompt": 16,
     "num_steps_per_task": 16,
-    "learning_rate": 7e-4,
+    "learning_rate": 1e-3,
+    "lr_schedule": "linear",
     "advantage_scale": "none",
     "kl_coef": 0.05,
-    "warmup_steps": 150,
+    "warmup_steps": 300,
     "warmup_target": 0.25,
     "warmup_learning_rate": 2e-3,
     "replay_ratio": 0.4,
@@ -188,7 +189,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
     stop = checkpoint.StopSignal()
     plan = schedule(args, trainer.stages)
     tasks = {TaskRef(d, task.id): task for d in args.task_order for task in trainer.tasks[d]}
-    gold = functools.cache(lambda ref: demonstration(args, tokenizer, ref.domain, tasks[ref]))
+    gold = functools.cache(lambda ref: run.demonstration(args, tokenizer, ref.domain, tasks[ref]))
     if args.model_name_or_path == "tiny":
         changed = [f"{name} {value}" for name, value in TINY.items() if getattr(args, name) == value]
         distributed.say(f"settings of the embedded policy: {', '.join(changed)}")
@@ -198,12 +199,12 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
         if phase == "warmup" and state["warm"] == stage:  # its target is reached
             continue
         trainer.domain, trainer.phase = args.task_order[stage], phase
-        domain, domains, clock = trainer.domain, trainer.domains, distributed.Clock()
+        domain, clock = trainer.domain, distributed.Clock()
         bar.set_description(f"{trainer.stages[stage]}: {phase}")
 
         if phase in ("warmup", "grpo"):
             # 1. Tasks: the next ones, and those that the algorithms add. Every rank draws the same list.
-            refs_P = new = next_tasks(trainer, [ref for ref in tasks if ref.domain in domains], stage, step)
+            refs_P = new = next_tasks(trainer, tasks, stage, step)
             for a in algorithms:
                 refs_P = a.augment_batch(refs_P, domain)
             trainer.refs_P, mine_P = refs_P, refs_P[rank::ranks]
@@ -292,7 +293,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
                 run.log(trainer, {"kind": "warmup", "domain": domain, "loss": loss})
                 state["warm_steps"] = step + 1
                 bar.set_postfix(loss=f"{loss:.3f}")
-                if args.warmup_target is not None and loss < 0.2:
+                if args.warmup_target is not None and loss < LOOK_BELOW and step % LOOK_EVERY == 0:
                     scores = run.evaluate(trainer, stop, "check", trainer.cold, step + 1)
                     state["warm"] = stage if min(scores.values()) >= args.warmup_target else state["warm"]
             else:
@@ -329,7 +330,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
                 a.post_task_hook(trainer, domain)
             run.end_of_domain(trainer)
             trainer.reference = None
-            state["warm_steps"] = 0
+            state |= {"warm_steps": 0, "checked": {}}
             reset_momentum(optimizer)
 
         # 8. Checkpoints: at the end of each phase, and every few GRPO steps.
@@ -364,9 +365,12 @@ def schedule(args, stages) -> list[tuple[int, str, int]]:
     return plan
 
 
-def next_tasks(trainer: Trainer, candidates, stage, step) -> list[TaskRef]:
-    """The new tasks of a step of all ranks. Past pass rates stay as they are for an epoch: an epoch has one order."""
-    args, state = trainer.args, trainer.state
+def next_tasks(trainer: Trainer, tasks, stage, step) -> list[TaskRef]:
+    """The new tasks of a step of all ranks; in a warm start, of those that were not at its target when it last looked.
+    Past pass rates stay as they are for an epoch: an epoch has one order."""
+    args, state, candidates = trainer.args, trainer.state, [ref for ref in tasks if ref.domain in trainer.domains]
+    if trainer.phase == "warmup" and (checked := state["checked"]):
+        candidates = [ref for ref in candidates if checked[ref.domain].get(ref.task_id, 0.0) < args.warmup_target]
     count = args.batch_size_per_gpu * args.gradient_accumulation_steps * distributed.world_size()
     epoch = [stage, trainer.phase, step * count // len(candidates)]
     if state["epoch"] != epoch:
@@ -374,14 +378,6 @@ def next_tasks(trainer: Trainer, candidates, stage, step) -> list[TaskRef]:
     rates = {TaskRef(domain, id): rate for domain, of in state["epoch_rates"].items() for id, rate in of.items()}
     seed = [args.seed, stage, trainer.phase == "grpo"]
     return oracle.sample_tasks(candidates, count, step, seed, args.batch_order, rates)
-
-
-def demonstration(args, tokenizer, domain, task) -> Trajectory:
-    """The task's gold conversation, as the policy would have to say it."""
-    user = users.scripted_like(args.user)
-    turns = oracle.agent_turns(oracle.demonstrate(domain, task, user))
-    episode = oracle.Episode(domain, task, user, max_turns=len(turns) + 1)
-    return rollout.demonstration(tokenizer, episode, turns, args.max_user_tokens, args.max_tool_tokens)
 
 
 def batches(trainer: Trainer, trajectories) -> list[dict]:

@@ -202,7 +202,8 @@ def outcome(run) -> dict:
     last = run / "checkpoints" / "LAST"
     found = {str(path.relative_to(last)): path.read_bytes() for path in checkpoint.files_in(last)}
     state = json.loads(found.pop("training/state.json"))
-    state["state"].pop("seconds")
+    for name in ("seconds", "cpu_seconds"):
+        state["state"].pop(name)
     found["training/state.json"] = [state[name] for name in ("state", "scores", "algorithms")]
     for name in checkpoint.LOGS:
         records = [json.loads(line) for line in (run / name).read_text().splitlines()]

@@ -1,5 +1,6 @@
 """One thread a process: the tests' tensors are small, and two of them often run at once."""
 
+import json
 import os
 import signal
 
@@ -18,3 +19,18 @@ def tiny():
     import policy
 
     return policy.load_policy("tiny", "float32", "cpu")
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Compares runs with the given summaries, written into folders of their own, and returns the Markdown."""
+    import comparison
+
+    def compare(summaries, **kwargs):
+        folders = [tmp_path / f"run{k}" for k in range(len(summaries))]
+        for folder, values in zip(folders, summaries, strict=True):
+            folder.mkdir()
+            (folder / "summary.json").write_text(json.dumps(values))
+        return comparison.compare(folders, tmp_path / "out", **kwargs)
+
+    return compare

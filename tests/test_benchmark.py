@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,17 @@ def test_a_setting_that_cannot_be_timed_is_one_line():
     assert shown.returncode == 2 and shown.stderr == line
 
 
+ORDER = ["airline", "retail"]
+SUMMARY = {
+    "task_order": ORDER,
+    "stages": ORDER,
+    "R": [[0.5, 0.0], [0.4, 0.5]],
+    "metrics": {"average": 0.45, "forgetting": 0.1, "backward_transfer": -0.1, "intransigence": None},
+    **{name: dict.fromkeys(ORDER, 0.0) for name in ("baseline", "warm_start", "do_nothing_rate")},
+    **{"minutes": 1.0, "bytes_kept": 0},
+}
+
+
 @pytest.mark.parametrize("arm", embedded.ARMS)
 def test_train_takes_the_flags_of_every_arm(arm):
     args = train.parse_args(["--cl_algorithm", *embedded.ARMS[arm].split()])
@@ -63,23 +75,26 @@ def test_train_takes_the_flags_of_every_arm(arm):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A checkout whose train.py and eval.py note their arguments. Training ends with the code in a file `code`, or not
-    before a signal if there is none."""
+    """A checkout whose train.py notes its arguments, and writes a summary. Training ends with the code in a file
+    `code`, or not before a signal if there is none."""
     (tmp_path / "train.py").write_text(
-        """
+        f"""
 import json, os, pathlib, sys, time
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 run = pathlib.Path(flags.get("--resume") or os.path.join(flags["--runs_dir"], flags["--run_name"]))
-run.mkdir(exist_ok=True)
-(run / "config.json").write_text(json.dumps([sys.argv[1:], os.environ["OMP_NUM_THREADS"], os.getpid()]))
+(run / "checkpoints").mkdir(parents=True, exist_ok=True)
+about = dict(revision={embedded.revision()!r}, flags=sys.argv[1:], threads=os.environ["OMP_NUM_THREADS"])
+(run / "config.json").write_text(json.dumps(about | dict(pid=os.getpid())))
 code = pathlib.Path(__file__).with_name("code")
 while not code.exists():
     time.sleep(0.1)
-(run / "report.md").touch()
+arm, seed = run.name.split("_seed")
+config = dict(arm=arm)
+summary = {SUMMARY!r} | dict(cl_algorithm="replay", seed=int(seed), config=config, revision=about["revision"])
+(run / "summary.json").write_text(json.dumps(summary))
 sys.exit(int(code.read_text()))
 """
     )
-    (tmp_path / "eval.py").write_text("import sys; print(*sys.argv[1:], file=open(__file__ + '.txt', 'w'))")
     (tmp_path / "code").write_text("0")
     monkeypatch.setattr(embedded, "ROOT", tmp_path)
     return tmp_path
@@ -89,20 +104,38 @@ def arguments(run):
     return json.loads((run / "config.json").read_text())
 
 
-def test_every_arm_runs_once_and_is_compared(checkout):
-    args = embedded.Args(arms=["replay", "high"], seeds=[0, 3], output=str(checkout / "out"), workers=2)
+def test_every_arm_runs_once_and_is_compared(checkout, capsys):
+    args = embedded.Args(
+        arms=["replay", "high_reward"], seeds=[0, 3], orders=False, output=str(checkout / "out"), workers=2
+    )
     embedded.run_experiment(args)
-    runs = [checkout / "out" / f"{arm}_seed{seed}" for seed in (0, 3) for arm in ("replay", "high")]
-    flags, threads, _ = arguments(runs[-1])
-    expected = "--cl_algorithm replay --replay_strategy high_reward --seed 3 --run_name high_seed3 --runs_dir"
-    assert flags == [*expected.split(), str(checkout / "out")] and threads == "1"
-    compared = (checkout / "eval.py.txt").read_text().split()
-    assert compared == ["--compare", *map(str, runs), "--output", str(checkout / "out" / "comparison")]
+    runs = [checkout / "out" / f"{arm}_seed{seed}" for seed in (0, 3) for arm in ("replay", "high_reward")]
+    expected = "--cl_algorithm replay --replay_strategy high_reward --seed 3 --run_name high_reward_seed3 --runs_dir"
+    assert arguments(runs[-1])["flags"] == [*expected.split(), str(checkout / "out")]
+    assert arguments(runs[-1])["threads"] == "1"
+    assert {path.name for path in runs[0].iterdir()} == {"config.json", "summary.json"}
+    assert re.search(r"\| replay, arm \w+ +\| 2 ", capsys.readouterr().out)
+    assert (checkout / "out" / "comparison" / "p_values.png").is_file()
     before = [arguments(run) for run in runs]
-    (runs[0] / "report.md").unlink()  # as if it had been stopped
+    (runs[0] / "summary.json").unlink()  # as if it had been stopped
     embedded.run_experiment(args)
-    assert arguments(runs[0])[0] == ["--resume", str(runs[0])]
+    assert arguments(runs[0])["flags"] == ["--resume", str(runs[0])]
     assert [arguments(run) for run in runs[1:]] == before[1:]
+
+
+def test_two_arms_are_run_in_every_order_of_the_domains():
+    args = embedded.Args(seeds=[0, 1], arms=["sequential", "replay", "ewc"])
+    assert len(embedded.usual_jobs(args)) == 6 and len(others := embedded.other_orders(args)) == 2 * 2 * 5
+    assert others["replay_tra_seed1"] == "replay --task_order telecom retail airline --seed 1"
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.json"])
+def test_a_table_has_one_revision(checkout, name):
+    run = checkout / "out" / "replay_seed0"
+    run.mkdir(parents=True)
+    (run / name).write_text(json.dumps({"revision": "0123456789ab"}))
+    with pytest.raises(ValueError, match=r"replay_seed0 is of revision 0123456789ab, not \w+.*choose another --output"):
+        embedded.run_experiment(embedded.Args(arms=["replay"], seeds=[0], output=str(checkout / "out")))
 
 
 def test_a_run_that_fails_is_named(checkout):
@@ -125,4 +158,4 @@ def test_a_stopped_table_stops_its_runs(checkout, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         embedded.run_experiment(embedded.Args(arms=["replay"], seeds=[0], output=str(checkout / "out")))
     with pytest.raises(ProcessLookupError):
-        os.kill(arguments(run)[2], signal.SIGTERM)
+        os.kill(arguments(run)["pid"], signal.SIGTERM)

@@ -211,3 +211,13 @@ def test_a_users_text_is_never_a_result_or_a_call(named):
         assert chat.marks.findall(plain) == chat.marks.findall(forged)
     nested = "<tool_" * 20_000 + "response>" * 20_000
     assert not chat.marks.search(chat._clean(message("user", nested))[0]["content"])
+
+
+def test_what_is_remembered_of_an_answer_cannot_be_changed(tiny):
+    chat = ChatFormat.of(tiny[1])
+    answer = [{"role": "tool", "content": "paid"}]
+    first = list(ids := chat.answer(answer))
+    ids.append(0)
+    chat.cut(answer[0], 1)["content"] = "x"
+    assert chat.answer(answer) == first and chat.cut(answer[0], 1)["content"] != "x"
+    assert chat.answer([{"role": "user", "content": "paid"}]) != first

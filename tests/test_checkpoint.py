@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -459,3 +460,30 @@ def test_a_class_that_keeps_state_and_saves_none_is_told_so_when_the_run_is_save
     (tmp_path / "own.py").write_text(FORGETFUL + more)
     small_run(tmp_path, "--cl_algorithm", f"{tmp_path / 'own.py'}:Counter", "--run_name", "r")
     assert capsys.readouterr().out.count("Counter changes count, which --resume would lose") == said
+
+
+def test_a_revision_is_that_of_the_code(tmp_path, monkeypatch):
+    """The commit that last changed a file beside checkpoint.py; a sum of these files if git does not know them."""
+
+    def git(*words):
+        command = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    code, page = tmp_path / "checkpoint.py", tmp_path / "README.md"
+    monkeypatch.setattr(checkpoint, "__file__", str(code))
+    found = checkpoint.revision.__wrapped__
+    code.write_text("1")
+    alone = found()
+    assert re.fullmatch("[0-9a-f]{12}", alone)
+    git("init", "-q")
+    assert found() == alone
+    git("add", ".")
+    git("commit", "-qm", "one")
+    first = git("rev-parse", "--short=12", "HEAD")
+    assert found() == first != alone
+    page.write_text("2")
+    git("add", ".")
+    git("commit", "-qm", "two")
+    assert found() == first
+    code.write_text("2")
+    assert found() == f"{first}-changed"

@@ -191,9 +191,9 @@ def test_conversations_are_cut_into_windows_and_back(monkeypatch):
     assert algorithm.rehearsal.generator.used == 8
     windows = torch.stack(algorithm.as_windows([100, 14, 14, 61, 40, 6, 181, 61, 4, 2]))
     assert windows.tolist() == [[4, 1, 1, 3], [2, 0, 0, 0], [7, 6, 0, 0]]
-    ids, mask, sampled = algorithm.as_tokens(torch.tensor([[4, 1, 0, 3], [6, 3, 5, 2]]))
+    ids, sampled = algorithm.as_tokens(torch.tensor([[4, 1, 0, 3], [6, 3, 5, 2]]))
     assert ids.tolist() == [[50, 7, 0, 0], [1, 30, 90, 20]]
-    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]] and sampled.tolist() == [[0, 0, 0, 0], [0, 1, 1, 0]]
+    assert sampled.tolist() == [[0, 0, 0, 0], [0, 1, 1, 0]]
 
 
 def test_generated_windows_can_be_read(monkeypatch):

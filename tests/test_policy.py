@@ -249,7 +249,7 @@ def teacher(tiny):
     """(a model whose head has a bias, is trained, and is not tied to the embedding; two tokens of a conversation)."""
     model = copy.deepcopy(tiny[0])
     model.set_output_embeddings(torch.nn.Linear(model.config.hidden_size, model.config.vocab_size))
-    return model, (IDS[:1, :4], ONES[:1, :4], torch.tensor([[0, 1, 0, 1]]))
+    return model, (IDS[:1, :4], torch.tensor([[0, 1, 0, 1]]))
 
 
 def test_a_frozen_head_is_a_copy_unless_the_head_is_not_trained(teacher):

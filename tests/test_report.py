@@ -1,11 +1,10 @@
-"""report.py: comparison of runs, tables, curves, and conversations to read."""
+"""report.py: tables, curves, and conversations to read."""
 
 import json
 import math
 import re
 
 import numpy as np
-import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
@@ -34,68 +33,10 @@ def summary(algorithm, seed, forgetting, minutes=2.0, **settings):
     return {**about, **usual, **scores, "R": R, "metrics": cl_metrics(R), "config": config}
 
 
-@pytest.fixture
-def compared(tmp_path):
-    """Compares runs with the given summaries, written into folders of their own, and returns the Markdown."""
-
-    def compare(summaries):
-        folders = [tmp_path / f"run{k}" for k in range(len(summaries))]
-        for folder, values in zip(folders, summaries, strict=True):
-            folder.mkdir()
-            (folder / "summary.json").write_text(json.dumps(values))
-        return report.compare(folders, tmp_path / "out")
-
-    return compare
-
-
 def cells(table):
     """The cells of a Markdown table's rows, without its second line."""
     rows = [line for line in table.splitlines() if line.startswith("|") and not line.startswith("|:")]
     return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
-
-
-def test_compare_groups_runs_over_seeds(compared):
-    settings = (("sequential", 0.6, 4.0), ("replay", 0.1, 5.0))
-    table = compared([summary(a, s, f, m) for s in (0, 1, 2) for a, f, m in settings])
-    header, sequential, replay, *pairs = cells(table)
-    means = ["forgetting", "average", "backward transfer", "least lift by GRPO"]
-    assert header == ["algorithm", "seeds", *means, "minutes", "time / seq.", "kept, kB"]
-    assert sequential[:3] == ["sequential", "3", "0.60 ± 0.00"] and replay[:3] == ["replay", "3", "0.10 ± 0.00"]
-    assert replay[5:] == ["+0.20 (retail)", "5.00 ± 0.00", "1.25", "1.5"]
-    assert pairs[0] == ["difference from sequential", "seeds", "forgetting", "average"]
-
-
-def test_a_row_is_named_by_the_settings_in_which_it_differs(compared):
-    settings = [("sequential", {}), ("replay", {}), ("replay", {"ratio": 0.5}), ("replay", {"penalty": None})]
-    table = compared([summary(a, s, 0.1, **other) for s, (a, other) in enumerate(settings)])
-    rows = cells(table.split("\n\n")[0])[1:]
-    assert [row[0] for row in rows] == ["sequential", "replay", "replay, ratio 0.5"]
-    assert table.split("\n\n")[1] == "Where not named: ratio 0.2."
-
-
-def test_differences_from_sequential_are_paired_by_seed(compared):
-    seeds = {"sequential": {0: 0.5, 1: 0.6, 2: 0.7, 3: 0.1}, "replay": {2: 0.3, 0: 0.2, 1: 0.1}}
-    table = compared([summary(name, s, f) for name, found in seeds.items() for s, f in found.items()])
-    mean, half = interval([0.2 - 0.5, 0.1 - 0.6, 0.3 - 0.7])
-    average = f"{-mean / 2:+.2f} ± {half / 2:.2f}"  # of two domains, one forgets
-    assert cells(table)[-1] == ["replay", "3", f"{mean:+.2f} ± {half:.2f}", average]
-
-
-def test_a_comparison_is_written_as_table_csv_and_pictures(compared, tmp_path, recwarn):
-    rows = [(name, seed, k / 10) for k, name in enumerate(["sequential", *"abcdefg"]) for seed in (0, 1)]
-    table = compared([summary(*row) for row in rows])
-    assert (tmp_path / "out" / "comparison.md").read_text() == table + "\n"
-    found = pd.read_csv(tmp_path / "out" / "comparison.csv")
-    assert list(zip(found.algorithm, found.seed, found.forgetting.round(6), strict=True)) == rows
-    assert found["airline after retail"].tolist() == pytest.approx([0.8 - forgetting for _, _, forgetting in rows])
-    for name in ("comparison.png", "learning_curves.png"):
-        assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
-    assert not [w for w in recwarn if "layout" in str(w.message)]
-
-
-def test_compare_counts_no_run_twice(compared):
-    with pytest.raises(ValueError, match="the seed 3 of another run"):
-        compared([summary("replay", 3, 0.1)] * 2)
 
 
 @pytest.mark.parametrize("spoilt", [None, "", "3", "{}", json.dumps(summary("a", 3, 0.1)).replace('"R"', '"S"')])
@@ -103,7 +44,7 @@ def test_a_missing_or_damaged_summary_is_named(tmp_path, spoilt):
     if spoilt is not None:
         (tmp_path / "summary.json").write_text(spoilt)
     with pytest.raises(ValueError, match=r"is not a finished run: summary\.json"):
-        report.compare([tmp_path], tmp_path / "out")
+        report.read_summary(tmp_path)
 
 
 def test_the_report_says_what_was_forgotten_and_when():

@@ -101,6 +101,24 @@ def test_rollout_samples_the_distribution_it_reports(tiny):
     assert abs(counted - reported[token]) < 4 * math.sqrt(reported[token] / 3000)
 
 
+def test_tokens_are_drawn_by_their_probabilities():
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2 - 1e-9, 1e-9, 0.0])
+    logits = probabilities.log().clamp(min=-1000).expand(20_000, -1)
+    tokens, logprobs = rollout.draw(logits, 1.0, torch.Generator().manual_seed(0))
+    found = torch.bincount(torch.tensor(tokens), minlength=6) / len(tokens)
+    assert (found - probabilities).abs().max() < 0.012 and found[1] == found[5] == 0  # three standard deviations
+    assert logprobs[:5] == pytest.approx([probabilities[token].log().item() for token in tokens[:5]], abs=1e-6)
+    assert rollout.draw(logits[:2], 0.0, None)[0] == [0, 0]
+
+
+def test_no_token_is_too_rare_to_be_drawn():
+    """A hundred thousand tokens have 1e-8 each: float32 would lose all of them."""
+    logits = torch.cat([torch.zeros(1), torch.full((100_000,), 1e-8).log()]).expand(100, -1)
+    generator = torch.Generator().manual_seed(0)
+    tokens = [token for _ in range(200) for token in rollout.draw(logits, 1.0, generator)[0]]
+    assert 5 <= sum(token > 0 for token in tokens) <= 40  # 20 on average
+
+
 @both_engines
 def test_a_conversations_tokens_are_computed_once(tiny, engine):
     """Tokens fed to the model, against the distinct beginnings of all conversations."""

@@ -387,7 +387,7 @@ def test_a_run_prints_our_lines_only(finished):
 
 
 STEP_METRICS = """
-    loss reward reward_std reward_max zero_variance_groups kl kl_initial entropy clip_share ratio_min ratio_max
+    loss reward reward_std reward_max zero_variance_groups kl entropy clip_share ratio_min ratio_max
     ratio_first_step grad_norm action_tokens turns truncated invalid tool_error_share rollout_seconds score_seconds
     update_seconds hook_seconds tokens_per_second learning_rate skipped_in_a_row replayed_groups replay_ratio
     tool_accuracy
@@ -411,6 +411,7 @@ def test_every_conversation_and_step_is_recorded(finished):
         assert set(STEP_METRICS.split()) <= set(step)
         assert all(abs(step[name] - 1) < 1e-4 for name in ("ratio_first_step", "ratio_min", "ratio_max"))
         assert 0 <= step["tool_error_share"] <= 1 and step["tokens_per_second"] > 0
+    assert ["kl_initial" in step for step in steps] == [k % run.INITIAL_EVERY == 0 for k in range(4)]
 
 
 def test_a_checkpoint_is_a_model_that_eval_loads(finished, monkeypatch, capsys):
@@ -528,28 +529,32 @@ def test_tasks_come_in_the_order_that_was_asked_for_and_rewards_are_of_the_type_
     assert summary["config"]["evaluation_type"] == "communicate"
 
 
-def test_the_warm_start_ends_at_its_target(tmp_path, monkeypatch):
-    """As soon as the mean reward of sampled conversations reaches it: looked at when the loss is below 0.2."""
+def test_the_warm_start_ends_when_every_task_is_at_its_target(tmp_path, monkeypatch):
+    """It looks at every second step, if the loss is low; tasks that are at the target are left out until the next."""
     asked, evaluate = [], run.evaluate
+    first, second = (task.id for task in oracle.short_tasks("airline", "train", 2))
 
     def reached(trainer, stop, stage, domains, step):
-        asked.append((stage, trainer.domain, step))
+        asked.append((stage, step))
         found = evaluate(trainer, stop, stage, domains, step)
-        return dict.fromkeys(found, 0.5) if stage == "check" and step == 2 else found
+        if stage == "check":
+            trainer.state["checked"]["airline"] = {first: 0.5, second: 0.5 if step == 3 else 0.4}
+            found["airline"] = 0.5 if step == 3 else 0.4
+        return found
 
+    shown = []
     monkeypatch.setattr(run, "evaluate", reached)
     monkeypatch.setattr(policy, "token_logprobs", scaled(policy.token_logprobs))
-    flags = ["--warmup_steps", "4", "--warmup_target", "0.5", "--task_order", "airline", "--run_name", "r"]
+    monkeypatch.setattr(train, "next_tasks", lambda *args: shown.append(refs := next_tasks(*args)) or refs)
+    flags = ["--warmup_steps", "9", "--warmup_target", "0.5", "--task_order", "airline", "--run_name", "r"]
     summary = small_run(tmp_path, *flags)
-    warm = [r for r in report.read_jsonl(tmp_path / "r" / "metrics.jsonl") if r["kind"] == "warmup"]
-    assert len(warm) == 2 and set(summary["warm_start"]) == {"airline"}
-    assert asked == [
-        ("baseline", "airline", 0),
-        ("check", "airline", 1),
-        ("check", "airline", 2),
-        ("warmup", "airline", 2),
-        ("domain", "airline", 0),
-    ]
+    assert asked == [("baseline", 0), ("check", 1), ("check", 3), ("warmup", 3), ("domain", 0)]
+    assert set(summary["warm_start"]) == {"airline"}
+    ids = [{ref.task_id for ref in refs} for refs in shown[:4]]
+    assert ids == [{first, second}, {second}, {second}, {first, second}]
+
+
+next_tasks = train.next_tasks
 
 
 def scaled(token_logprobs):
