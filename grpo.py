@@ -418,7 +418,7 @@ def update_stats(history, counts) -> dict[str, float]:
         "ratio_max": max((s["ratio_max"] for s in new), default=1.0),
         "action_tokens": counts["new_tokens"],
     }
-    if any("kl_initial" in s for s in new):
+    if all("kl_initial" in s for s in new):
         found["kl_initial"] = mean("kl_initial", new, "new_tokens")
     if old:
         found.update(

@@ -248,9 +248,9 @@ def test_first_tasks_are_drawn_evenly():
 
 def test_short_tasks_need_action_and_open_differently():
     for domain in oracle.DOMAINS:
-        tasks = oracle.short_tasks(domain, "train", 4)
-        openings = {oracle.Episode(domain, task).opening()[-1]["content"] for task in tasks}
-        assert len(openings) == 4
+        tasks = oracle.short_tasks(domain, "train", 3)
+        openings = {oracle.Episode(domain, task).opening()[-1]["content"][: oracle.ALIKE] for task in tasks}
+        assert len(openings) == 3
         for task in tasks:
             assert len(task.evaluation_criteria.actions) >= 2
             assert oracle.score(play(domain, task, [], "0 1 2 3 4 5 6 7 8 9")).reward == 0.0
