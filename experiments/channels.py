@@ -348,11 +348,11 @@ def write_table(args: Args, by_arm):
     forgetting."""
     final = {arm: np.array([r["curve"][-1] for r in results]) for arm, results in by_arm.items()}
     rose = {arm: forgetting_curves(args, r) for arm, r in by_arm.items() if arm in BUFFERS and arm != "joint"}
-    rows = []
+    p, rows = runner.p_values({arm: values.mean(1) for arm, values in final.items()}, "naive"), []
     for arm, results in by_arm.items():
         row = {f"NMSE, dB at {TABLE_SNR:g} dB SNR": arm}
         row |= {name: cell(values) for name, values in zip(SCENARIOS, final[arm].T, strict=True)}
-        row["mean"] = cell(final[arm].mean(1))
+        row |= {"mean": cell(final[arm].mean(1)), "p against naive, Holm": p.get(arm, "")}
         for k, name in enumerate(list(SCENARIOS)[:-1]):
             row[f"forgetting {name.split()[0]}"] = cell(rose[arm][k][:, -1]) if arm in rose else ""
         compared = arm in rose and "naive" in rose and arm != "naive"

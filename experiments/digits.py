@@ -295,14 +295,18 @@ def run_arm(args: Args, scenario, arm, seed) -> dict:
 
 def write_table(args: Args, found):
     """Prints the table and writes it as table.md: average accuracy at the end of each scenario; of the first one also
-    backward transfer, seconds and size."""
+    p, backward transfer, seconds and size."""
+    final = {arm: {s: [] for s in args.scenarios} for arm in args.arms}
+    for r in found:
+        final[r["arm"]][r["scenario"]].append(np.mean(r["R"][-1]))
+    p = runner.p_values({arm: of_arm[args.scenarios[0]] for arm, of_arm in final.items()}, "naive")
     rows = []
     for arm in args.arms:
-        runs = {s: [r for r in found if r["arm"] == arm and r["scenario"] == s] for s in args.scenarios}
-        first = runs[args.scenarios[0]]
+        first = [r for r in found if r["arm"] == arm and r["scenario"] == args.scenarios[0]]
         transfer = [np.mean([r["R"][-1][k] - r["R"][k][k] for k in range(TASKS - 1)]) for r in first]
         row = {"accuracy": arm}
-        row |= {f"{s}-incremental": cell([np.mean(r["R"][-1]) for r in results], 3) for s, results in runs.items()}
+        row |= {f"{s}-incremental": cell(values, 3) for s, values in final[arm].items()}
+        row[f"p against naive, Holm ({args.scenarios[0]})"] = p.get(arm, "")
         row[f"backward transfer ({args.scenarios[0]})"] = cell(transfer, 3)
         row["seconds"] = f"{np.mean([r['seconds'] for r in first]):.0f}"
         row["kept, kB"] = f"{first[0]['bytes_kept'] / 1000:.0f}"

@@ -17,6 +17,7 @@ from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Annotated, TypeVar
 
+import numpy as np
 import pandas
 import torch
 import tyro
@@ -24,6 +25,7 @@ from annotated_types import MinLen
 from pydantic import AfterValidator
 from tqdm import tqdm
 
+from comparison import holm, sign_flip_test
 from distributed import write_json, write_text
 from flags import Few, Seed, checked, one_line
 from regularize import EWC, OnlineEWC
@@ -155,6 +157,14 @@ def cell(values, digits=2) -> str:
     """Mean and 95% interval as text, such as "0.93 ± 0.02"."""
     mean, half = interval(values)
     return f"{mean:.{digits}f}" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def p_values(values, baseline) -> dict[str, str]:
+    """{arm: p of its difference from the baseline, as text} for `values`, {arm: a number of each seed}: the exact
+    paired sign-flip test, with Holm's correction over the arms."""
+    others = [arm for arm in values if arm != baseline and baseline in values]
+    found = [sign_flip_test(np.subtract(values[arm], values[baseline])) for arm in others]
+    return {arm: f"{p:.3f}" for arm, p in zip(others, holm(found), strict=True)}
 
 
 def show_table(rows, output):

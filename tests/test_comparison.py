@@ -7,6 +7,7 @@ from scipy import stats
 from test_report import cells, summary
 
 import comparison
+from experiments import runner
 from metrics import bootstrap
 from report import interval
 
@@ -47,6 +48,12 @@ def test_holms_correction():
             smaller = sorted(p)
             steps = [(6 - k) * q for k, q in enumerate(smaller) if q <= p[i]]
             assert adjusted == pytest.approx(min(1.0, max(steps)))
+
+
+def test_an_experiments_table_has_corrected_p_values():
+    values = {"naive": [0.1, 0.2, 0.3], "a": [0.4, 0.4, 0.6], "b": [0.2, 0.1, 0.3]}
+    assert runner.p_values(values, "naive") == {"a": "0.500", "b": "1.000"}  # 2 * 2 / 8
+    assert runner.p_values(values, "other") == {}
 
 
 @pytest.mark.parametrize("runs", [1, 3, 4, 10])
