@@ -207,8 +207,8 @@ def run_command(settings, function):
     except BrokenProcessPool as error:
         code, line = 1, f"{error}{goes_on}"
     except (KeyboardInterrupt, SystemExit) as stop:
-        has_jobs = (Path(args.output) / "results").is_dir()
-        code, line = getattr(stop, "code", 130), "stopped" + (goes_on if has_jobs else "")
+        begun = (Path(args.output) / "results").is_dir() or any(Path(args.output).glob("*/config.json"))
+        code, line = getattr(stop, "code", 130), "stopped" + (goes_on if begun else "")
     if code:
         print(printable(line), file=sys.stderr)
     raise SystemExit(code)
