@@ -367,7 +367,7 @@ def evaluate(trainer: Trainer, stop, stage, domains, step) -> dict[str, float]:
     trainer.state["evaluation"] = details if stage == "domain" else trainer.state["evaluation"]
     if check:
         trainer.state["checked"] = {domain: values["by_task"] for domain, values in details.items()}
-        scores = {domain: min(means.values()) for domain, means in trainer.state["checked"].items()}
+        scores = {domain: min(means.values(), default=0.0) for domain, means in trainer.state["checked"].items()}
     about = {"kind": "evaluation", "stage": stage, "domain": trainer.domain}
     log(trainer, {**about, "scores": scores, "details": details})
     return scores
