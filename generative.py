@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import distributed
 import policy
 from algorithm import CLAlgorithm
-from flags import Count, CountOrZero, Positive, Units
+from flags import Count, Positive, Units
 from replay import Buffer, add, sample
 from text import printable
 from vae import VAE, ConvVAE, TokenVAE, elbo_loss, frozen, make_generator  # noqa: F401 (some are for readers)
@@ -35,6 +35,7 @@ from vae import VAE, ConvVAE, TokenVAE, elbo_loss, frozen, make_generator  # noq
 VOCABULARY = 8192  # distinct tokens that the generator has room for
 LATENT_DIM = 32
 LEARNING_RATE = 2e-3  # of the generator
+COMPONENTS = 10  # Gaussians of the prior that is fitted for each domain when one ends
 BATCH = 16  # windows of the domain per update of the generator, and as many generated ones
 
 
@@ -57,8 +58,6 @@ class Flags:
     """dropout of the generator. 0.1 made no measurable difference (docs/results.md)"""
     generator_hidden_dims: list[Units] = field(default_factory=lambda: [256])
     """units of the generator's hidden layers. A second one of 128 made no measurable difference (docs/results.md)"""
-    generator_components: CountOrZero = 10
-    """Gaussians of the prior that is fitted for each domain when one ends. 0: the prior is N(0, 1)"""
 
 
 def replay_weights(n) -> tuple[float, float]:
@@ -271,7 +270,7 @@ class GenerativeReplayCL(CLAlgorithm):
         """A generator with the methods of TokenVAE, and the domain as condition."""
         flags = self.flags
         layers = {"hidden_dims": flags.generator_hidden_dims, "dropout": flags.generator_dropout}
-        conditions = {"num_conditions": len(self.order), "components": flags.generator_components}
+        conditions = {"num_conditions": len(self.order), "components": COMPONENTS}
         return TokenVAE(VOCABULARY, flags.window, latent_dim=LATENT_DIM, **layers, **conditions)
 
     def seeded(self, *purpose):

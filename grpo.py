@@ -22,6 +22,7 @@ from flags import Positive, Weight
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"]
 AdvantageScale = Literal["group", "batch", "none"]
+Correction = Literal["none", "truncate", "mask"]
 LOSS_TYPES = get_args(LossType)
 PASS = 1 - 1e-6  # tau2 counts a reward of 1 as a pass (tau2.metrics.agent_metrics.is_successful)
 PER_SEQUENCE = ("grpo", "dr_grpo", "gspo")  # means over sequences; the others are means over tokens
@@ -55,6 +56,11 @@ class Flags:
     is the model without its adapters. Default: domain; initial with LoRA"""
     kl_estimator: Literal[*KL_ESTIMATORS] = "k3"
     """estimator of the KL penalty. The gradient of k1 has the expectation 0: with it, nothing holds the policy"""
+    sampler_correction: Correction = "none"
+    """weigh tokens by the ratio of the trainer's to the sampler's probability: each token's, cut at the cap (truncate),
+    or the whole conversation's, and 0 above the cap (mask)"""
+    sampler_cap: Annotated[float, Field(ge=1, le=1e6)] = 2.0
+    """largest such weight"""
     mask_truncated: bool = False
     """leave conversations that were cut short out of the loss. They stay in the baseline"""
     gamma: Share = 1.0
@@ -182,6 +188,7 @@ def policy_loss(
     normalizer=None,
     max_tokens=None,
     dual_clip=None,
+    weights=None,
 ):
     """(loss, stats) of the clipped objective; all tensors (B, T), advantages (B,) or (B, T).
 
@@ -198,6 +205,7 @@ def policy_loss(
     `dual_clip`: where A < 0, l is at most dual_clip |A|. A ratio far above 1, which only conversations of an older
     policy have, would outweigh all others (Ye et al. 2020, arXiv:1912.09729, eq. 5; not in cispo, which has a cap). A
     number, or a tensor (B, 1) with infinity where there is no such clip.
+    `weights`: l of a token is multiplied by its own, see `sampler_weights`.
     The KL penalty to `ref_logprobs` is added per token, times `kl_coef`.
     Masked tokens never enter, NaN or not. stats: token means over this batch (floats). Raises ValueError for unknown
     names, and for dr_grpo without max_tokens.
@@ -230,6 +238,8 @@ def policy_loss(
             clipped = clipped | (objective < floor)
             objective = torch.maximum(objective, floor)
         loss = -objective
+    if weights is not None:
+        loss = loss * weights
     stats = {}
     if ref_logprobs is not None:
         kl = kl_estimate(ref_logprobs.where(mask, zero) - logprobs, kl_estimator)
@@ -247,6 +257,31 @@ def policy_loss(
     stats["ratio_max"] = ratio.detach().where(mask, zero + 1).max().item() if mask.any() else 1.0
     stats["ratio_min"] = ratio.detach().where(mask, zero + 1).min().item() if mask.any() else 1.0
     return total, stats
+
+
+def sampler_weights(log_ratio, mask, correction, cap) -> Tensor:
+    """(B, T) importance weights of tokens that an engine sampled whose probabilities differ from the trainer's.
+    log_ratio: the trainer's log-probability less the sampler's, (B, T).
+
+      truncate  min(ratio, cap) of each token (Yao et al. 2025, "Your efficient RL framework secretly brings you
+                off-policy RL training")
+      mask      the ratio of the conversation, the product over its sampled tokens; 0 where it is above cap (TRL's
+                sequence_mask)
+    """
+    log_ratio = log_ratio.where(mask, torch.zeros_like(log_ratio))
+    if correction == "mask":
+        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
+    ratio = log_ratio.clamp(-20, 20).exp()
+    return ratio.clamp(max=cap) if correction == "truncate" else ratio.where(ratio <= cap, torch.zeros_like(ratio))
+
+
+def correct_sampler(batch, logprobs, correction, cap):
+    """Puts the trainer's own log-probabilities (B, T) in the place of the sampler's, and the weights that correct for
+    the difference into the batch."""
+    log_ratio = (logprobs - batch["old_logprobs"]).where(batch["mask"], torch.zeros_like(logprobs))
+    weights = batch["weights"] = sampler_weights(log_ratio, batch["mask"], correction, cap)
+    batch["sampler_cut"] = batch["mask"] & ((weights == 0) | (weights >= cap))
+    batch["old_logprobs"], batch["sampler_log_ratio"] = logprobs, log_ratio
 
 
 DUAL_CLIP = 3.0  # of stored conversations, see grpo.policy_loss
@@ -368,7 +403,7 @@ def batch_loss(batch, logprobs, counts, clone_coef, **settings) -> tuple[Tensor,
     rows = (batch["old_logprobs"], batch["advantages"], batch["trained"])
     normalizer = counts["sequences" if settings["loss_type"] in PER_SEQUENCE else "tokens"]
     settings["dual_clip"] = DUAL_CLIP if stored else None
-    references = {"ref_logprobs": batch.get("ref_logprobs"), "normalizer": normalizer}
+    references = {"ref_logprobs": batch.get("ref_logprobs"), "weights": batch.get("weights"), "normalizer": normalizer}
     loss, stats = policy_loss(logprobs, *rows, **references, **settings)
     if stored:
         clone = cloning_loss(logprobs, batch["old_logprobs"], batch["mask"], batch["rewards"] >= PASS)
@@ -388,12 +423,15 @@ def batch_stats(batch, logprobs, entropy, found) -> dict:
     if initial is not None:
         kl = kl_estimate((initial - logprobs.detach())[batch["mask"]])
         found = {**found, "kl_initial": kl.sum().item()}
+    sampler = batch.get("sampler_log_ratio", logprobs.detach() - batch["old_logprobs"])[batch["mask"]]
     trained = int(batch["trained"].sum())
     return {
         **found,
         "kl": found.get("kl", 0.0) * trained,
         "clip_share": found["clip_share"] * trained,
-        "replayed_kl": kl_estimate(log_ratio).sum().item(),
+        "sampler_kl": kl_estimate(sampler).sum().item(),
+        "sampler_cut": int(batch["sampler_cut"].sum()) if "sampler_cut" in batch else 0,
+        "sampler_ratio_max": sampler.max().exp().item() if len(sampler) else 1.0,
         "entropy": entropy.sum().item(),
         "deviation": log_ratio.expm1().abs().max().item() if len(log_ratio) else 0.0,
     }
@@ -409,11 +447,14 @@ def update_stats(history, counts) -> dict[str, float]:
     def mean(name, parts, tokens):
         return sum(s[name] for s in parts) / len(history) / max(counts[tokens], 1.0)
 
-    first = [s["deviation"] for s in history[0] if not s["stored"]]
+    first = [s for s in history[0] if not s["stored"]]
     found = {
         "loss": sum(s["loss"] for s in history[0]),
         **{name: mean(name, new, "new_tokens") for name in ("kl", "entropy", "clip_share")},
-        "ratio_first_step": 1.0 + max(first, default=0.0),
+        "ratio_first_step": 1.0 + max((s["deviation"] for s in first), default=0.0),
+        "sampler_kl": sum(s["sampler_kl"] for s in first) / max(counts["new_tokens"], 1.0),
+        "sampler_cut": sum(s["sampler_cut"] for s in first) / max(counts["new_tokens"], 1.0),
+        "sampler_ratio_max": max((s["sampler_ratio_max"] for s in first), default=1.0),
         "ratio_min": min((s["ratio_min"] for s in new), default=1.0),
         "ratio_max": max((s["ratio_max"] for s in new), default=1.0),
         "action_tokens": counts["new_tokens"],
@@ -422,7 +463,7 @@ def update_stats(history, counts) -> dict[str, float]:
         found["kl_initial"] = mean("kl_initial", new, "new_tokens")
     if old:
         found.update(
-            replayed_kl=mean("replayed_kl", old, "replayed_tokens"),
+            replayed_kl=mean("sampler_kl", old, "replayed_tokens"),
             cloning_loss=mean("cloning", old, "replayed_tokens"),
             replayed_clip_share=mean("clip_share", old, "old_tokens"),
             replayed_ratio_min=min(s["ratio_min"] for s in old),

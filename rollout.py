@@ -3,8 +3,8 @@
 Data flow: Episode -> rollout -> Trajectory. An episode is any object with domain, task.id, system, tools, messages,
 done, termination, opening(), act(message) and stop(reason), such as episode.Episode.
 
-Two engines sample from the same distributions. "padded" decodes all conversations in one batch, token by token.
-"paged" is transformers' continuous batching: it reads an answer in one pass, and a common prefix once.
+Three engines sample from the same distributions. "padded" decodes all conversations in one batch, token by token.
+"paged" is transformers' continuous batching, which reads a common prefix once. "vllm" asks servers (server.py).
 """
 
 import concurrent.futures
@@ -21,13 +21,14 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import ContinuousBatchingConfig
 
+import server
 from chat import ChatFormat
 from flags import Count
 from grpo import Trajectory, micro_batches
 from policy import autocast, is_sharded, plain_copy
 from text import reason
 
-Engine = Literal["auto", "padded", "paged"]
+Engine = Literal["auto", "padded", "paged", "vllm"]
 SLOW_AT_ONCE = 32  # episodes that wait for a server at the same time
 READ_TOKENS = 16384  # of openings and answers in one forward pass of the padded engine
 READ_SHARE = 0.25  # of the conversations with an answer to read, above which a forward pass of its own reads them
@@ -49,12 +50,13 @@ class Flags:
     max_tool_tokens: Count | None = None
     """cut longer tool results"""
     rollout_engine: Engine = "auto"
-    """paged (continuous batching), padded, or auto: paged on a GPU, padded elsewhere"""
+    """padded, paged (continuous batching of transformers), vllm (servers), or auto: padded"""
 
 
 def settings(args) -> dict:
     """The keyword arguments of `rollout` that an object with these flags holds."""
     names = ("temperature", "max_new_tokens", "max_context", "max_user_tokens", "max_tool_tokens")
+    names += ("vllm_url", "vllm_timeout")
     return {**{name: getattr(args, name) for name in names}, "engine": args.rollout_engine}
 
 
@@ -164,6 +166,8 @@ def rollout(
     generator=None,
     on_finish=None,
     engine="auto",
+    vllm_url=(),
+    vllm_timeout=600.0,
 ) -> list[Trajectory]:
     """Plays all episodes at once and returns their trajectories in the episodes' order.
 
@@ -172,13 +176,15 @@ def rollout(
 
     max_new_tokens: sampled tokens per turn. max_context: tokens per conversation (None: the model's limit); a full
     context ends it as "max_steps". max_user_tokens, max_tool_tokens: longer messages are cut to as many tokens.
-    generator: a torch.Generator on the model's device. on_finish(episode, trajectory) is called when an episode ends.
-    engine: "padded", "paged", or "auto": paged on a GPU, padded elsewhere.
+    generator: a torch.Generator on the model's device; servers draw by themselves. on_finish(episode, trajectory) is
+    called when an episode ends.
+    engine: "padded", "paged", "vllm", or "auto": padded. vllm_url, vllm_timeout: its servers, and seconds that one may
+    take.
 
     An exception in `episode.act` makes the trajectory invalid; its `error` is the exception's text. Episodes with a
     true attribute `slow` (their users are models behind a server) act in threads while the others go on. With a sharded
-    model every rank must call, even without episodes. Raises ValueError for bad settings, an opening that fills the
-    context, and logits that are not finite.
+    model, or with servers, every rank must call, even without episodes. Raises ValueError for bad settings, an opening
+    that fills the context, and logits that are not finite; ServerFailed on every rank if a server fails on one.
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
@@ -187,7 +193,11 @@ def rollout(
     engine = choose_engine(model, engine)
     # Sharded weights must be gathered. Continuous batching runs in a thread of its own, where autocast does not reach.
     uniform = {p.dtype for p in model.parameters()} == {getattr(model, "compute_dtype", model.dtype)}
-    if is_sharded(model) or (engine == "paged" and not uniform):
+    servers = None
+    if engine == "vllm":
+        servers = server.connect(tuple(vllm_url), vllm_timeout)
+        servers.hand_over(model, tokenizer, temperature)
+    elif is_sharded(model) or (engine == "paged" and not uniform):
         model = plain_copy(model, model.compute_dtype)
     max_context = context_length(model, max_context)
     cut = {"tool": max_tool_tokens, "user": max_user_tokens}
@@ -201,7 +211,9 @@ def rollout(
             for episode, *slow in zip(episodes, pools, opened, strict=True)
         ]
         active = [c for c in conversations if not c.finished]
-        if active:
+        if servers is not None:
+            server.play(servers, active, temperature)
+        elif active:
             play = _play_paged if engine == "paged" else _play_padded
             with autocast(model):
                 play(model, tokenizer, active, temperature, generator)
@@ -214,13 +226,24 @@ def choose_engine(model, engine="auto") -> str:
     """Resolves "auto". Raises ValueError for an engine that is unknown or cannot use the model's attention."""
     if engine not in get_args(Engine):
         raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(get_args(Engine))}")
-    if engine == "auto":
-        engine = "paged" if torch.cuda.is_available() else "padded"
+    engine = "padded" if engine == "auto" else engine
+    if engine == "vllm":  # the model here samples nothing
+        return engine
     attention = model.config._attn_implementation
     if attention not in ("eager", "sdpa") and (engine == "padded" or "flash" not in attention):
         flash = " or a flash one" if engine == "paged" else ""
         raise ValueError(f"{engine} rollouts need the attention eager, sdpa{flash}, not {attention}")
     return engine
+
+
+def check_engine(model, args):
+    """Raises ValueError or ServerFailed if an object with these flags names an engine that cannot play this policy."""
+    engine = choose_engine(model, args.rollout_engine)
+    if (engine == "vllm") != bool(args.vllm_url):
+        raise ValueError(f"rollout_engine vllm and vllm_url go together, got {engine} and {args.vllm_url}")
+    if engine == "vllm":
+        servers = server.connect(tuple(args.vllm_url), args.vllm_timeout)
+        servers.check(model, context_length(model, args.max_context))
 
 
 def context_length(model, max_context=None) -> int:

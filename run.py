@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +16,13 @@ import transformers
 import checkpoint
 import distributed
 import eval as evaluation
+import grpo
 import oracle
 import policy
 import regularize
 import report
 import rollout
+import server
 import tracking
 import users
 from algorithm import LIBRARY, CLAlgorithm, check_hooks, load_algorithm, own_attributes
@@ -176,7 +179,7 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
     if not folder and not args.lora_rank:
         initial = policy.snapshot(model)
     limits = (args.max_context, args.max_user_tokens, args.max_tool_tokens)
-    rollout.choose_engine(model, args.rollout_engine)
+    rollout.check_engine(model, args)
     for domain, task in [(d, t) for found in (tasks, eval_tasks) for d, ts in found.items() for t in ts]:
         episode = oracle.Episode(domain, task, users.scripted_like(args.user), args.max_turns)
         rollout.check_opening(model, tokenizer, episode, *limits)
@@ -283,11 +286,42 @@ def demonstration(args, tokenizer, domain, task) -> Trajectory:
     return rollout.demonstration(tokenizer, episode, turns, args.max_user_tokens, args.max_tool_tokens)
 
 
+def drawn(trainer: Trainer) -> str:
+    """The state of the algorithms' and the buffer's draws, if a server may fail in the rollout that follows."""
+    if trainer.args.rollout_engine != "vllm":
+        return ""
+    buffer = trainer.trajectory_buffer
+    states = [algorithm.state_dict() for algorithm in trainer.algorithms]
+    return json.dumps([states, buffer and buffer.rng.bit_generator.state])
+
+
+@contextmanager
+def saved_before(trainer: Trainer, draws: str):
+    """If a server fails inside: saves the run as it was at the beginning of the step, which a resumed run does again.
+    Then raises StopRun."""
+    try:
+        yield
+    except server.ServerFailed as error:
+        states, rng = json.loads(draws)
+        for algorithm, state in zip(trainer.algorithms, states, strict=True):
+            algorithm.load_state_dict(state)
+        if trainer.trajectory_buffer is not None:
+            trainer.trajectory_buffer.rng.bit_generator.state = rng
+        checkpoint.save(trainer)
+        raise StopRun(f"{error}; the run is saved, continue with --resume {trainer.run}") from None
+
+
 @torch.no_grad()
-def add_reference_logprobs(trainer: Trainer):
-    """Adds to each micro-batch the log-probabilities of the reference policy of the KL penalty; and in every
-    INITIAL_EVERY-th step, for the log, those of the policy before any training."""
+def add_logprobs(trainer: Trainer):
+    """Adds to each micro-batch what other policies say of its tokens: the reference policy of the KL penalty; in every
+    INITIAL_EVERY-th step, for the log, the policy before any training; and for a correction of the sampler, the policy
+    itself, which then takes the sampler's place."""
     args, model = trainer.args, trainer.model
+    for batch in trainer.batches if args.sampler_correction != "none" else ():
+        inputs = (batch["ids"], batch["attention_mask"], args.temperature, batch["mask"])
+        logprobs = policy.token_logprobs(model, *inputs)  # of stored ones, too: shards need as many passes on all ranks
+        if not batch["replayed"].any():  # those keep the policy that sampled them
+            grpo.correct_sampler(batch, logprobs, args.sampler_correction, args.sampler_cap)
     needed = args.kl_coef > 0 and args.kl_reference == "initial"
     policies = {}
     if needed or trainer.step % INITIAL_EVERY == 0:

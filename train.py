@@ -40,6 +40,7 @@ import regularize
 import replay
 import rollout
 import run
+import server
 import tracking
 from algorithm import CLAlgorithm
 from flags import CHECKED, Count, CountOrZero, Few, LearningRate, Positive, PositiveShare, Seed, one_line
@@ -133,6 +134,7 @@ COMPONENTS = {
     "policy": policy.Flags,
     "tasks": oracle.Flags,
     "rollouts": rollout.Flags,
+    "vllm": server.Flags,
     "GRPO": grpo.Flags,
     "replay": replay.Flags,
     "generative_replay": generative.Flags,
@@ -205,6 +207,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
         if phase in ("warmup", "grpo"):
             # 1. Tasks: the next ones, and those that the algorithms add. Every rank draws the same list.
             refs_P = new = next_tasks(trainer, tasks, stage, step)
+            draws = run.drawn(trainer)
             for a in algorithms:
                 refs_P = a.augment_batch(refs_P, domain)
             trainer.refs_P, mine_P = refs_P, refs_P[rank::ranks]
@@ -219,9 +222,10 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
                 episodes = [oracle.Episode(ref.domain, tasks[ref], args.user, args.max_turns) for ref in played]
                 generator, trajectories = trainer.seeded(1, step), []
                 size = G * math.ceil(len(mine_P) / args.gradient_accumulation_steps)
-                for k in range(args.gradient_accumulation_steps):
-                    part = episodes[k * size : (k + 1) * size]
-                    trajectories += rollout.rollout(model, tokenizer, part, generator=generator, **sampling)
+                with run.saved_before(trainer, draws):
+                    for k in range(args.gradient_accumulation_steps):
+                        part = episodes[k * size : (k + 1) * size]
+                        trajectories += rollout.rollout(model, tokenizer, part, generator=generator, **sampling)
                 clock.lap("rollout_seconds")
 
                 # 3. Rewards: tau2's own. An invalid conversation has none.
@@ -243,7 +247,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
             counts = distributed.sum_over_ranks(grpo.counts(trained, stored))
             trainer.batches = batches(trainer, trained) + batches(trainer, stored)
             if phase == "grpo":
-                run.add_reference_logprobs(trainer)
+                run.add_logprobs(trainer)
             set_learning_rate(trainer, step, conversations + len(trainer.replayed))
             history, extra, norm = [], None, 0.0  # history: by iteration, the statistics of all ranks' micro-batches
             for _ in range(args.num_iterations if phase == "grpo" else 1):

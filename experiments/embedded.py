@@ -48,10 +48,10 @@ ARMS = {  # --cl_algorithm, and flags of train.py
     "lars": f"{SMALL} --buffer_policy lars",
     "labrs": f"{SMALL} --buffer_policy labrs",
     "generative": "generative_replay",
-    "ewc": "ewc",
-    "online_ewc": "online_ewc",
-    "lwf": "lwf",
-    "er_plus": "replay --ewc_lambda 0.1 --lwf_coef 0.01",
+    "ewc": "ewc --ewc_lambda 0.1",
+    "online_ewc": "online_ewc --ewc_lambda 0.1",
+    "lwf": "lwf --lwf_coef 0.003",
+    "er_plus": "replay --ewc_lambda 0.1 --lwf_coef 0.003",
     **{f"only_{domain}": f"sequential --task_order {domain}" for domain in DOMAINS},  # references of intransigence
 }
 ORDERED = ("sequential", "replay")  # arms that are also run in the other orders of the domains

@@ -110,6 +110,72 @@ def test_a_clipped_token_is_counted_and_has_no_gradient(advantage, clipped):
         assert stats["clip_share"] == float(ratio in clipped)
 
 
+LOG_RATIO = torch.tensor([[0.1, 5.0, 0.9, -3.0], [NAN, 0.2, 0.3, NAN], [NAN] * 4])
+RATIO_MASK = torch.tensor([[True, False, True, True], [False, True, True, False], [False] * 4])
+
+
+def test_sampler_weights_are_cut_token_by_token_or_by_the_conversation():
+    truncated = grpo.sampler_weights(LOG_RATIO, RATIO_MASK, "truncate", 2.0)
+    rows = [[math.exp(0.1), 2.0, math.exp(-3)], [math.exp(0.2), math.exp(0.3)]]
+    assert [truncated[k][RATIO_MASK[k]].tolist() for k in (0, 1)] == [pytest.approx(row) for row in rows]
+    for cap, second in ((2.0, math.exp(0.5)), (1.6, 0.0)):
+        masked = grpo.sampler_weights(LOG_RATIO, RATIO_MASK, "mask", cap)
+        assert masked[0][RATIO_MASK[0]].tolist() == pytest.approx([math.exp(-2.0)] * 3)
+        assert masked[1][RATIO_MASK[1]].tolist() == pytest.approx([second] * 2)
+    far = grpo.sampler_weights(torch.tensor([[900.0, -900.0]]), torch.tensor([[True, True]]), "truncate", 2.0)
+    assert far.isfinite().all() and far[0, 0] == 2.0
+
+
+def test_with_weights_the_gradient_is_that_of_the_policys_own_samples():
+    """Enumerated in float64: sum over tokens mu(x) w(x) A(x) grad log pi(x) is sum pi(x) A(x) grad log pi(x), as long
+    as no ratio is above the cap. Without weights, the clip around 1 leaves out what the sampler sees otherwise."""
+    rng = torch.Generator().manual_seed(0)
+    logits, advantages = (torch.randn(6, generator=rng, dtype=torch.float64) for _ in range(2))
+    sampler = (logits + torch.randn(6, generator=rng, dtype=torch.float64)).softmax(0)
+    exact = logits.clone().requires_grad_()
+    (exact.softmax(0) * advantages).sum().backward()  # its gradient is the policy gradient
+    found = {}
+    for correction in ("none", "truncate", "mask"):
+        mine = logits.clone().requires_grad_()
+        logprobs, total = mine.log_softmax(0), 0.0
+        for x in range(6):
+            one, mask = logprobs[x].view(1, 1), torch.ones(1, 1, dtype=torch.bool)
+            batch = {"old_logprobs": sampler[x].log().view(1, 1), "mask": mask}
+            if correction != "none":
+                grpo.correct_sampler(batch, one.detach(), correction, 100.0)
+            rows = (batch["old_logprobs"], advantages[x].view(1), mask)
+            total = total + sampler[x] * policy_loss(one, *rows, weights=batch.get("weights"))[0]
+        total.backward()
+        found[correction] = -mine.grad
+    torch.testing.assert_close(found["truncate"], exact.grad)
+    torch.testing.assert_close(found["mask"], exact.grad)
+    assert (found["none"] - exact.grad).abs().max() > 0.01
+
+
+def test_weights_multiply_the_policys_loss_and_not_its_kl():
+    rng = torch.Generator().manual_seed(1)
+    lp, old, ref = (-torch.rand(2, 5, generator=rng) for _ in range(3))
+    mask, weights = torch.rand(2, 5, generator=rng) < 0.7, torch.rand(2, 5, generator=rng) + 0.5
+    advantages = torch.randn(2, generator=rng)
+    settings = {"ref_logprobs": ref, "kl_coef": 0.4, "epsilon_low": 0.999, "epsilon_high": 1e9}
+    for loss_type in grpo.LOSS_TYPES:
+        found, _ = policy_loss(lp, old, advantages, mask, loss_type, weights=weights, max_tokens=9, **settings)
+        # With bounds that never bind, weighing a token is weighing its advantage.
+        expected, _ = policy_loss(lp, old, advantages[:, None] * weights, mask, loss_type, max_tokens=9, **settings)
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_correction_puts_the_trainer_in_the_samplers_place():
+    lp = torch.tensor([[-1.0, -2.0, NAN, -0.5]])
+    batch = {"old_logprobs": torch.tensor([[-1.1, -4.0, 0.0, -0.5]]), "mask": torch.tensor([[True, True, False, True]])}
+    grpo.correct_sampler(batch, lp, "truncate", 2.0)
+    assert batch["old_logprobs"] is lp and batch["sampler_cut"].tolist() == [[False, True, False, False]]
+    assert batch["sampler_log_ratio"].tolist() == [pytest.approx([0.1, 2.0, 0.0, 0.0], abs=1e-6)]
+    batch["old_logprobs"] = torch.tensor([[-1.1, -4.0, 0.0, -0.5]])
+    grpo.correct_sampler(batch, lp, "mask", 2.0)
+    assert batch["weights"].abs().max() == 0 and batch["sampler_cut"].tolist() == [[True, True, False, True]]
+
+
 def test_masked_nan_stays_out():
     lp = torch.tensor([[0.0, -1.0, NAN]], requires_grad=True)
     old, mask = torch.tensor([[NAN, -1.0, 0.0]]), torch.tensor([[False, True, False]])
@@ -304,6 +370,9 @@ def test_statistics_of_a_step_are_means_and_extremes_over_its_tokens_and_iterati
         "loss": step("dapo", SPLITS[0])[0],  # of the first iteration
         "action_tokens": COUNTS["new_tokens"],
         "ratio_first_step": 1 + (LP - behaviour)[new].expm1().abs().max(),
+        "sampler_kl": grpo.kl_estimate(LP - behaviour)[new].mean(),  # of the first iteration
+        "sampler_ratio_max": (LP - behaviour)[new].exp().max(),
+        "sampler_cut": 0.0,
     }
     for name, tokens in (("ratio", new), ("replayed_ratio", trained)):
         ratio = torch.cat([(lp - behaviour)[tokens].exp() for lp in iterations])

@@ -19,12 +19,12 @@ def test_the_first_policys_log_probabilities_are_computed_in_some_steps(tiny):
     """In every INITIAL_EVERY-th; in all of them if they are also those of the reference policy."""
     batch = {"ids": torch.arange(8).view(2, 4), "attention_mask": torch.ones(2, 4), "mask": torch.ones(2, 4).bool()}
     for reference, always in (("domain", False), ("initial", True)):
-        args = SimpleNamespace(kl_coef=0.1, kl_reference=reference, temperature=1.0)
+        args = SimpleNamespace(kl_coef=0.1, kl_reference=reference, temperature=1.0, sampler_correction="none")
         weights = [policy.snapshot(tiny[0]) for _ in range(2)]
         names = {"args": args, "model": tiny[0], "initial": weights[0], "reference": weights[1]}
         for step in range(run.INITIAL_EVERY + 1):
             trainer = SimpleNamespace(**names, step=step, batches=[dict(batch)])
-            run.add_reference_logprobs(trainer)
+            run.add_logprobs(trainer)
             found = trainer.batches[0]
             assert "ref_logprobs" in found
             assert ("initial_logprobs" in found) == (always or step in (0, run.INITIAL_EVERY))

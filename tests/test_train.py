@@ -25,6 +25,7 @@ from law import (
     small_args,
     small_run,
     steps_of,
+    tiny,
     use,
     weights,
 )
@@ -145,6 +146,25 @@ ORDERS = [(0, 1, 2, 3), (0, 1, 2), (0, 3, 1, 3, 2, 3)]
 CASES = [(loss, ORDERS[2], False) for loss in ("dapo", "grpo", "dr_grpo", "cispo")]
 CASES += [("dapo", ORDERS[1], False), ("gspo", ORDERS[2], True), *(("dapo", order, True) for order in ORDERS)]
 REPLAY_CASES = [("dapo", False), ("grpo", False), ("dapo", True)]
+CORRECTED = [("truncate", False), ("mask", False), ("truncate", True)]
+
+
+def sampled_elsewhere(model, noise):
+    """The conversations with the policy's log-probabilities, plus noise: those of a sampler that rounds otherwise."""
+    trajectories, rng = conversations(), torch.Generator().manual_seed(2)
+    for t in trajectories:
+        ids, mask = torch.tensor([t.token_ids]), torch.tensor(t.action_mask)
+        with torch.no_grad():
+            mine = policy.token_logprobs(model, ids, torch.ones_like(ids), 1.0)[0]
+        t.logprobs = ((mine + noise * torch.randn(mine.shape, generator=rng)) * mask).tolist()
+    return trajectories
+
+
+def corrected(correction, noise=0.4, **settings):
+    """A replay step whose new conversations another sampler has played."""
+    trainer = law_trainer(sampler_correction=correction, sampler_cap=1.5, clone_coef=0.3, **settings)
+    use(trainer, Stored())
+    return gradient(trainer, (0, 2), trajectories=sampled_elsewhere(tiny()[0], noise))
 
 
 def steps_on_a_rank():
@@ -154,6 +174,7 @@ def steps_on_a_rank():
     for loss_type, shard in REPLAY_CASES:
         *step, trainer = replay_step(loss_type, shard=shard, micro_batch_tokens=40)
         found.append((step[0], {**step[1], "losses": trainer.replayed_losses}))
+    found += [corrected(correction, shard=shard, micro_batch_tokens=40) for correction, shard in CORRECTED]
     return found
 
 
@@ -164,13 +185,34 @@ def test_the_gradient_does_not_depend_on_ranks_or_shards(tmp_path):
     for loss_type, _ in REPLAY_CASES:
         *step, trainer = replay_step(loss_type)
         alone.append((step[0], {**step[1], "losses": trainer.replayed_losses}))
-    for case, one, two, (expected, metrics) in zip([*CASES, *REPLAY_CASES], first, second, alone, strict=True):
+    alone += [corrected(correction) for correction, _ in CORRECTED]
+    cases = [*CASES, *REPLAY_CASES, *CORRECTED]
+    for case, one, two, (expected, metrics) in zip(cases, first, second, alone, strict=True):
         assert torch.equal(one[0], two[0])  # the ranks stay the same policy
         assert apart(one[0], expected) < 1e-5, case
         losses = metrics.pop("losses", [])
         for _, found in (one, two):
             assert found.pop("losses", []) == near(losses)
             assert found == near(metrics), case
+
+
+def test_a_correction_of_the_sampler_weighs_new_conversations_only():
+    plain, without = corrected("none")
+    assert without["sampler_cut"] == 0 and without["ratio_first_step"] > 1.3
+    for correction in ("truncate", "mask"):
+        found, metrics = corrected(correction)
+        assert metrics["ratio_first_step"] == 1.0  # the policy itself is the old one
+        assert 0 < metrics["sampler_cut"] < 1 and metrics["sampler_ratio_max"] > 1.5
+        assert metrics["sampler_kl"] == pytest.approx(without["sampler_kl"], rel=1e-5)
+        assert metrics["replayed_kl"] == pytest.approx(without["replayed_kl"], rel=1e-5)
+        assert apart(found, plain) > 1e-2
+
+
+def test_a_correction_of_equal_log_probabilities_changes_nothing():
+    expected, _ = corrected("none", noise=0.0)
+    for correction in ("truncate", "mask"):
+        found, metrics = corrected(correction, noise=0.0)
+        assert apart(found, expected) < 1e-4 and metrics["sampler_cut"] == 0
 
 
 class Penalty(replay.SequentialCL):
@@ -746,8 +788,8 @@ def test_settings_mean_the_same_in_code_and_on_the_command_line(name, value):
     assert getattr(Args(**{name: value}), name) == value  # also if it is the default of a real model
 
 
-def test_there_are_at_most_75_flags_and_each_has_a_help_text(capsys):
-    assert len(dataclasses.fields(Args)) <= 75
+def test_there_are_at_most_78_flags_and_each_has_a_help_text(capsys):
+    assert len(dataclasses.fields(Args)) <= 78
     with pytest.raises(SystemExit):
         parse_args(["--help"])
     shown = capsys.readouterr().out
