@@ -3,6 +3,7 @@
     python experiments/benchmark.py --prompt_tokens 4096     rollouts and updates (needs no tau2)
     python experiments/benchmark.py --oracle                 environments and rewards, against tau2's own
     python experiments/benchmark.py --buffers                offers per second
+    python experiments/benchmark.py --memory                 gigabytes that a real model takes, by arithmetic
 
 Times on a shared machine are noisy: compare ratios within one run.
 """
@@ -47,7 +48,10 @@ SHAPES = {  # of Qwen2.5, in the order of SIZES
     "0.5b": (896, 4864, 24, 14, 2, 151936),
     "1.5b": (1536, 8960, 28, 12, 2, 151936),
     "7b": (3584, 18944, 28, 28, 4, 152064),
+    "32b": (5120, 27648, 64, 40, 8, 152064),
 }
+TIED = ("tiny", "0.5b", "1.5b")  # their head shares the weights of the embedding
+LORA_RANK = 32  # of the table of memory
 
 
 @dataclass(kw_only=True)
@@ -74,6 +78,8 @@ class Args:
     """time environments and rewards instead, against tau2's own"""
     buffers: bool = False
     """time offers to replay buffers instead"""
+    memory: bool = False
+    """compute the memory of a training run of each shape instead"""
 
 
 class TimedEpisode:
@@ -204,7 +210,7 @@ def time_policy(args):
     sizes["vocab_size"] = max(sizes["vocab_size"], len(tokenizer))
     sizes["num_hidden_layers"] = args.layers or sizes["num_hidden_layers"]
     tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen2Config(**sizes, **tokens, max_position_embeddings=2**17, tie_word_embeddings=args.shape != "7b")
+    config = Qwen2Config(**sizes, **tokens, max_position_embeddings=2**17, tie_word_embeddings=args.shape in TIED)
     with device:
         model = AutoModelForCausalLM.from_config(config).eval()
     model.compute_dtype = DTYPES[dtype]
@@ -257,6 +263,42 @@ def time_buffers(args, capacity=1000):
         print(f"{name}: {20_000 / timeit(way, number=20_000):.0f} per second, {capacity} items")
 
 
+def layer_sizes(shape) -> list[tuple[int, int]]:
+    """(inputs, outputs) of the linear maps of a layer."""
+    width, inner, _, heads, kv_heads, _ = SHAPES[shape]
+    kv = width // heads * kv_heads
+    return [(width, width), (width, kv), (width, kv), (width, width), (width, inner), (width, inner), (inner, width)]
+
+
+def count_parameters(shape) -> int:
+    """Of Qwen2: linear maps, biases of queries, keys and values, norms, embedding and head."""
+    width, _, layers, _, _, vocabulary = SHAPES[shape]
+    sizes = layer_sizes(shape)
+    layer = sum(a * b for a, b in sizes) + sum(b for _, b in sizes[:3]) + 2 * width
+    return layers * layer + width + vocabulary * width * (1 if shape in TIED else 2)
+
+
+def show_memory(args):
+    """Prints gigabytes by arithmetic, without activations: 16 bytes for a trained weight (itself, gradient, two
+    moments, in float32), 2 for one that is only computed with (bfloat16)."""
+    rows = {}
+    for shape in SHAPES:
+        _, _, layers, heads, kv_heads, _ = SHAPES[shape]
+        head = SHAPES[shape][0] // heads
+        weights = count_parameters(shape)
+        adapter = LORA_RANK * layers * sum(a + b for a, b in layer_sizes(shape))
+        gigabytes = {
+            "every weight, one GPU": 16 * weights,
+            "--shard, 4 GPUs": 4 * weights,
+            "--shard, 8 GPUs": 2 * weights,
+            "a copy to sample from": 2 * weights,
+            f"--lora_rank {LORA_RANK}": 2 * weights + 16 * adapter,
+            "keys and values of 100,000 tokens": 2 * 2 * layers * kv_heads * head * 100_000,
+        }
+        rows[shape] = {"billion parameters": weights / 1e9, **{name: size / 1e9 for name, size in gigabytes.items()}}
+    print(pandas.DataFrame(rows).T.drop("tiny").to_markdown(floatfmt=".1f"))
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args)
     try:
@@ -264,5 +306,6 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    benchmark = time_oracle if args.oracle else time_buffers if args.buffers else time_policy
+    ways = {"oracle": time_oracle, "buffers": time_buffers, "memory": show_memory}
+    benchmark = next((way for name, way in ways.items() if getattr(args, name)), time_policy)
     benchmark(args)

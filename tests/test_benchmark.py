@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train
 from experiments import benchmark, embedded
@@ -48,6 +49,19 @@ def test_oracle_is_timed(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "ORACLE_TASKS", 1)
     benchmark.time_oracle(None)
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["airline", "retail", "telecom"]
+
+
+@pytest.mark.parametrize("shape", ["0.5b", "7b"])
+def test_the_memory_is_that_of_the_models_parameters(shape, capsys):
+    sizes = dict(zip(benchmark.SIZES.split(), benchmark.SHAPES[shape], strict=True))
+    config = Qwen2Config(**sizes, tie_word_embeddings=shape in benchmark.TIED)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert benchmark.count_parameters(shape) == sum(p.numel() for p in model.parameters())
+    linear = [m for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear)]
+    assert sorted(benchmark.layer_sizes(shape)) == sorted((m.in_features, m.out_features) for m in linear)
+    benchmark.show_memory(None)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 4
 
 
 def test_a_setting_that_cannot_be_timed_is_one_line():
