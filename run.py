@@ -382,21 +382,24 @@ def evaluate(trainer: Trainer, stop, stage, domains, step) -> dict[str, float]:
         position = {"kind": "evaluation", "stage": stage, "global_step": trainer.step}
         append_jsonl(trainer.run / "trajectories.jsonl", [{**position, **r} for r in records])
 
-    details = evaluation.evaluate_tasks(
-        trainer.model,
-        trainer.tokenizer,
-        {domain: tasks[domain] for domain in domains},
-        num_trials=max(1, args.eval_trials // 2) if check else args.eval_trials,
-        on_records=record,
-        on_record=stop.leave_evaluation,
-        user=args.user,
-        max_turns=args.max_turns,
-        evaluation_type=args.evaluation_type,
-        pass_threshold=args.pass_threshold,
-        seed=trainer.seeded(purpose, step).initial_seed(),
-        label=f"evaluate ({', '.join(domains)})",
-        **rollout.settings(args),
-    )
+    try:
+        details = evaluation.evaluate_tasks(
+            trainer.model,
+            trainer.tokenizer,
+            {domain: tasks[domain] for domain in domains},
+            num_trials=max(1, args.eval_trials // 2) if check else args.eval_trials,
+            on_records=record,
+            on_record=stop.leave_evaluation,
+            user=args.user,
+            max_turns=args.max_turns,
+            evaluation_type=args.evaluation_type,
+            pass_threshold=args.pass_threshold,
+            seed=trainer.seeded(purpose, step).initial_seed(),
+            label=f"evaluate ({', '.join(domains)})",
+            **rollout.settings(args),
+        )
+    except server.ServerFailed as error:
+        raise StopRun(f"{error}; continue with --resume {trainer.run}") from None
     scores = {domain: values["reward_mean"] for domain, values in details.items()}
     trainer.state["evaluation"] = details if stage == "domain" else trainer.state["evaluation"]
     if check:

@@ -12,6 +12,7 @@ Data flow: weights -> hand_over -> directory -> server; conversation -> play -> 
 import concurrent.futures
 import copy
 import dataclasses
+import fcntl
 import functools
 import http.client
 import json
@@ -22,7 +23,9 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import distributed  # sets what transformers reads when it is imported
@@ -49,7 +52,10 @@ PROBE = (
     '{"reservation_id": "4WQ150"}}\n</tool_call> Your order #W2378156 was delivered on 2024-05-15. Anything else?'
 )
 PROBE_TOKENS = 16  # sampled after PROBE
-APART = 0.1  # nats between two scores of a token, on average: bfloat16 stays below, an old policy seldom
+APART = (
+    0.1  # nats that the two scores of a token may be apart at first, on average over the probe; bfloat16 stays below
+)
+LATER = 10  # times what they were apart at first: how far they may be later
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -120,16 +126,20 @@ class Servers:
     """The servers at some addresses, which all play the same policy."""
 
     def __init__(self, urls, timeout):
-        self.timeout, self.failed = timeout, threading.Event()
-        self.handed, self.adapter, self.number, self.vocabulary = None, None, 0, 0
+        self.timeout, self.locks = timeout, []
+        self.handed, self.adapter, self.number, self.vocabulary, self.allowed = None, None, 0, 0, APART
+        self.begin()
         for url in urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"vllm_url must be like http://127.0.0.1:8000, got {url!r}")
+            check_address(url)
         self.servers = [self.describe(url.rstrip("/").removesuffix("/v1")) for url in urls]
 
+    def begin(self):
+        """Before requests that end together: one that fails ends the others, and the first to wait says so."""
+        self.failed, self.waiting = threading.Event(), False
+
     def ask(self, url, path, body=None):
-        """The JSON answer to a GET, or to a POST of `body`. Where there is no answer, or an error of the server's, it
-        asks again for `timeout` seconds. Raises ServerFailed."""
+        """The JSON answer to a GET, or to a POST of `body`; {} if it is none. Where there is no answer, or an error of
+        the server's, it asks again for `timeout` seconds. Raises ServerFailed."""
         where, began = without_secrets(url + path), time.monotonic()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('VLLM_API_KEY', '')}"}
         data = None if body is None else json.dumps(body).encode()
@@ -139,17 +149,20 @@ class Servers:
                 request = urllib.request.Request(url + path, data, headers)
                 with urllib.request.urlopen(request, timeout=max(left, 0.01)) as answer:
                     text = answer.read()
-                return json.loads(text) if text else {}
+                with suppress(ValueError):
+                    return json.loads(text)
+                return {}  # such as "Success: ..."
             except urllib.error.HTTPError as error:
                 why = f"HTTP {error.code}: {printable(error.read(300).decode(errors='replace'))}"
                 if error.code not in BUSY:
                     raise ServerFailed(f"{where} refuses: {why}") from None
             except (OSError, http.client.HTTPException) as error:
                 why = reason(error)
-            except ValueError as error:
-                raise ServerFailed(f"{where} does not answer with JSON: {reason(error)}") from None
+            if not self.waiting:
+                self.waiting = True
+                distributed.say(f"waiting for {where} for {self.timeout:g} s at most ({why})")
             if left < PAUSE or self.failed.wait(PAUSE):
-                self.failed.set()  # other requests need not wait as long again
+                self.failed.set()
                 raise ServerFailed(f"{where} has given no answer for {self.timeout:g} s ({why}); see --vllm_timeout")
 
     def describe(self, url) -> Server:
@@ -170,7 +183,7 @@ class Servers:
         return list(dict.fromkeys(server.folder for server in self.servers))
 
     def check(self, model, max_context):
-        """Raises ServerFailed for a server that cannot play this policy."""
+        """Raises ServerFailed for a server that cannot play this policy, or plays another process's."""
         for server in self.servers:
             if server.max_context < max_context:
                 limit = f"has room for {server.max_context} tokens (--max-model-len), max_context is {max_context}"
@@ -184,6 +197,12 @@ class Servers:
                 if other:
                     shapes = f"{other[0]} has the shape {theirs.get(other[0])}, here {mine.get(other[0])}"
                     raise ServerFailed(f"{folder} has another model: {shapes}")
+        for folder in self.folders if rank() == 0 and not self.locks else ():
+            self.locks.append(open(folder / MARK, encoding="utf-8"))  # noqa: SIM115 (until this process ends)
+            try:
+                fcntl.flock(self.locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ServerFailed(f"another run hands its weights over in {folder}; give each run its own") from None
 
     def hand_over(self, model, tokenizer, temperature):
         """Lets the servers play this policy, if they do not already. Every rank must call. Raises ServerFailed on every
@@ -194,8 +213,9 @@ class Servers:
             return
         lora, self.vocabulary = has_adapter(model), model.config.vocab_size
         weights = policy.gathered_weights(model) if lora else served_weights(model)
-        failure, answers, self.failed = None, [], threading.Event()
+        failure, answers = None, []
         if rank() == 0:
+            self.begin()
             try:
                 self.load_adapter(model, tokenizer, weights) if lora else self.load(weights)
                 answers = [self.score_probe(server, tokenizer, temperature) for server in self.servers]
@@ -203,15 +223,16 @@ class Servers:
                 failure = str(error)
         del weights
         failure, answers, self.adapter = all_gather_json([failure, answers, self.adapter])[0]
+        apart = []  # of each server
         for server, (ids, scores) in zip(self.servers, answers, strict=False):
             mine = score(model, ids, temperature)
-            apart = sum(abs(a - b) for a, b in zip(scores, mine, strict=True)) / len(mine)
-            if not apart < APART:
-                away = f"{apart:.3f} away from those here, on average over {len(mine)} tokens"
+            apart.append(sum(abs(a - b) for a, b in zip(scores, mine, strict=True)) / len(mine))
+            if not apart[-1] < self.allowed:
+                away = f"{apart[-1]:.4f} away from those here, on average over {len(mine)} tokens"
                 other = "plays another policy, perhaps an old one: its log-probabilities are"
                 failure = f"{without_secrets(server.url)} {other} {away}"
         raise_everywhere(failure)
-        self.handed = sums
+        self.handed, self.allowed = sums, min(self.allowed, LATER * max(apart) + 1e-3)
 
     def load(self, weights):
         """Lets every server read new weights."""
@@ -232,8 +253,9 @@ class Servers:
             self.ask(server.url, "/v1/load_lora_adapter", about)
             if before:
                 self.ask(server.url, "/v1/unload_lora_adapter", {"lora_name": before})
-        for folder in self.folders if before else ():
-            shutil.rmtree(folder / before, ignore_errors=True)
+        for old in [path for folder in self.folders for path in folder.glob("adapter-*")]:
+            if old.name != self.adapter:
+                shutil.rmtree(old, ignore_errors=True)
 
     def complete(self, server, ids, max_tokens, temperature, stop_ids=(), **more) -> dict:
         """A choice of vLLM's completions API. What its directory may set by default is set here. No seed: with one,
@@ -280,6 +302,17 @@ def connect(urls: tuple[str, ...], timeout: float) -> Servers:
     return Servers(urls, timeout)
 
 
+def check_address(url):
+    """Raises ValueError for an address that is none of a server."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.username is None
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(f"vllm_url must be like http://127.0.0.1:8000, got {url!r} (a key goes into VLLM_API_KEY)")
+
+
 def has_adapter(model) -> bool:
     return getattr(model, "_hf_peft_config_loaded", False)
 
@@ -320,7 +353,7 @@ def play(servers, active, temperature):
     """Plays the conversations (rollout._Conversation) to their ends. Each goes on as soon as it is answered, with the
     server that it began with, which remembers its beginning. Every rank must call; raises ServerFailed on all."""
     pool, asked, failure = concurrent.futures.ThreadPoolExecutor(AT_ONCE), {}, None
-    servers.failed = threading.Event()
+    servers.begin()
     try:
         while not all(c.finished for c in active):
             busy = set(asked.values())

@@ -49,7 +49,7 @@ class FakeVLLM:
             self.server = None
 
     def answer(self, path, body):
-        """(status, JSON) of a request."""
+        """(status, JSON or text) of a request."""
         if path == "/v1/models":
             about = {"id": "served", "root": str(self.folder), "max_model_len": self.max_model_len}
             return 200, {"data": [about]}
@@ -65,10 +65,10 @@ class FakeVLLM:
             return 200, None
         if path == "/v1/load_lora_adapter":
             self.adapters[body["lora_name"]] = policy.load_policy(body["lora_path"], "float32", "cpu")[0]
-            return 200, "loaded"
+            return 200, b"Success: loaded"
         if path == "/v1/unload_lora_adapter":
             del self.adapters[body["lora_name"]]
-            return 200, "unloaded"
+            return 200, b"Success: removed"
         assert path == "/v1/completions", path
         with self.lock:
             return 200, {"choices": [self.change(self.complete(body))]}
@@ -100,7 +100,7 @@ def handler_of(fake):
     class Handler(http.server.BaseHTTPRequestHandler):
         def reply(self, body):
             status, found = fake.answer(self.path, body)
-            data = b"" if found is None else json.dumps(found).encode()
+            data = found if isinstance(found, bytes) else b"" if found is None else json.dumps(found).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
