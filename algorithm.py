@@ -13,7 +13,7 @@ from pathlib import Path
 from flags import checked
 from grpo import TaskRef, Trajectory
 
-LIBRARY = ("algorithm", "replay", "regularize", "generative")  # the modules of our own algorithms
+LIBRARY = ("algorithm", "replay", "regularize", "merge", "generative")  # the modules of our own algorithms
 HOOKS = re.compile(r"augment_\w+|\w+_hook|_sample_\w+")
 
 

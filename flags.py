@@ -15,6 +15,7 @@ Count = Annotated[int, Field(ge=1, le=10**7)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**7)]
 Few = Annotated[int, Field(ge=1, le=1000)]
 Units = Annotated[int, Field(ge=1, le=10**4)]  # of a layer
+Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e9)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flags import Positive, Weight
+from flags import Positive, Share, Weight
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"]
 AdvantageScale = Literal["group", "batch", "none"]
@@ -26,7 +26,6 @@ Correction = Literal["none", "truncate", "mask"]
 LOSS_TYPES = get_args(LossType)
 PASS = 1 - 1e-6  # tau2 counts a reward of 1 as a pass (tau2.metrics.agent_metrics.is_successful)
 PER_SEQUENCE = ("grpo", "dr_grpo", "gspo")  # means over sequences; the others are means over tokens
-Share = Annotated[float, Field(ge=0, le=1)]
 
 # KL of the policy from the reference at sampled tokens, d = ref_logprobs - logprobs (Schulman 2020, "Approximating KL
 # divergence"). As a loss, k1 does nothing: the expectation of its gradient, -grad log pi, is 0 under the policy.

@@ -317,6 +317,13 @@ def snapshot(model) -> dict[str, Tensor]:
     return {name: _local(p).to("cpu", copy=True) for name, p in trained_parameters(model).items()}
 
 
+@torch.no_grad()
+def restore(model, saved):
+    """Gives the model the trained parameters of a snapshot."""
+    for name, p in trained_parameters(model).items():
+        _local(p).copy_(saved[name])
+
+
 def _local(p):
     p = p.detach()
     return p.to_local() if isinstance(p, DTensor) else p

@@ -34,6 +34,7 @@ import checkpoint
 import eval as evaluation
 import generative
 import grpo
+import merge
 import oracle
 import policy
 import regularize
@@ -57,6 +58,7 @@ ALGORITHMS = {
     "ewc": regularize.EWC,
     "online_ewc": regularize.OnlineEWC,
     "lwf": regularize.LwF,
+    "merge": merge.MergeCL,
 }
 LOOK_EVERY, LOOK_BELOW = 2, 0.4  # steps, and the loss, at which a warm start looks which tasks are at its target
 MAX_SKIPPED = 5  # updates without a finite gradient, one after the other, that end a run
@@ -67,15 +69,13 @@ class Flags:
     """The loop."""
 
     cl_algorithm: str = "sequential"
-    """sequential, joint, replay, adaptive_replay, generative_replay, ewc, online_ewc, lwf, or
-    path/to/file.py:MyAlgorithm"""
+    """sequential, joint, replay, adaptive_replay, generative_replay, ewc, online_ewc, lwf, merge, or FILE:CLASS"""
     seed: Seed = 0
     """seed of every random draw"""
     batch_size_per_gpu: Count = 4
     """tasks per rank and accumulation step: a step has this x gradient_accumulation_steps x ranks tasks"""
     gradient_accumulation_steps: Few = 2
-    """rollouts of a step, one after the other. With more of them and a smaller batch_size_per_gpu, a step has the same
-    tasks and a rollout needs less memory"""
+    """rollouts of a step, one after the other: the same tasks in less memory, with a smaller batch_size_per_gpu"""
     micro_batch_tokens: Count = 16384
     """tokens of one forward and backward pass, padding included. Affects memory, not the gradient"""
     num_iterations: Few = 1
@@ -139,6 +139,7 @@ COMPONENTS = {
     "replay": replay.Flags,
     "generative_replay": generative.Flags,
     "penalties": regularize.Flags,
+    "merging": merge.Flags,
     "evaluation": evaluation.Flags,
     "run": run.Flags,
 }
@@ -146,8 +147,7 @@ COMPONENTS = {
 
 @pydantic.dataclasses.dataclass(kw_only=True, config=CHECKED)
 class Args(*COMPONENTS.values()):
-    """Trains one policy with GRPO on tau2 domains in sequence. The defaults are for a real model; the embedded policy
-    ("tiny") has its own, which are printed at the start."""
+    """Trains one policy with GRPO on tau2 domains in sequence. Defaults are for a real model; "tiny" has its own."""
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -179,6 +179,14 @@ def test_generative_replay_survives_a_stop(step, tmp_path, monkeypatch, capsys):
     assert_equal_runs(tmp_path / "whole", folder)
 
 
+def test_a_merged_policy_survives_a_stop(tmp_path, monkeypatch):
+    flags = stopper(tmp_path, "merge", "MergeCL")
+    small_run(tmp_path, *flags, "--run_name", "whole")
+    folder = stopped_run(tmp_path, monkeypatch, *flags)
+    resume(folder)
+    assert_equal_runs(tmp_path / "whole", folder)
+
+
 def test_a_sharded_run_continues_on_another_number_of_ranks(tmp_path):
     flags = [
         *SMALL,
