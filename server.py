@@ -55,7 +55,7 @@ PROBE_TOKENS = 16  # sampled after PROBE
 APART = (
     0.1  # nats that the two scores of a token may be apart at first, on average over the probe; bfloat16 stays below
 )
-LATER = 10  # times what they were apart at first: how far they may be later
+LATER = 100  # times what they were apart at first: how far they may be later, when the policy is less even
 
 
 @dataclasses.dataclass(kw_only=True)
