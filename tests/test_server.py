@@ -149,6 +149,13 @@ def test_a_lie_of_the_server_is_one_clear_line(tiny, fake, lie):
         play(*tiny, fake, [Chatter(1), Chatter(2)])
 
 
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_about_the_probe_is_one_clear_line(tiny, fake, lie):
+    fake.change = LIES[lie]
+    with pytest.raises(ServerFailed, match=r"^http://127.0.0.1:\d+ answers with[^\n]*$"):
+        play(*tiny, fake, [Chatter(1)])
+
+
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_server_that_comes_back_in_time_is_waited_for(tiny, fake, after):
     play(*tiny, fake, [Chatter(1)])
