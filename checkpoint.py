@@ -81,8 +81,8 @@ _locks = []
 
 
 def lock(run: Path):
-    """Keeps other processes out of the run until `restored` ends, or this process does. Every rank must call. Raises
-    ValueError if another process is in it."""
+    """Keeps other processes out of the run, or another directory, until `restored` ends, or this process does. Every
+    rank must call. Raises ValueError if another process is in it."""
     free = True
     if rank() == 0:
         _locks.append(os.open(run, os.O_RDONLY))
@@ -93,7 +93,7 @@ def lock(run: Path):
         except OSError:
             say(f"{run} is on a file system without locks: nothing keeps a second process from training it, too")
     if not all(all_gather_json(free)):
-        raise ValueError(f"another process is training {run}; wait for it, or stop it")
+        raise ValueError(f"another process is training in {run}; wait for it, or stop it")
 
 
 # ------------------------------------------------------------------------------------------------- directory of a run

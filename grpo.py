@@ -258,9 +258,9 @@ def policy_loss(
     return total, stats
 
 
-def sampler_weights(log_ratio, mask, correction, cap) -> Tensor:
-    """(B, T) importance weights of tokens that an engine sampled whose probabilities differ from the trainer's.
-    log_ratio: the trainer's log-probability less the sampler's, (B, T).
+def sampler_weights(log_ratio, mask, correction, cap) -> tuple[Tensor, Tensor]:
+    """(importance weights of tokens that an engine sampled whose probabilities differ from the trainer's, where they
+    are cut), both (B, T). log_ratio: the trainer's log-probability less the sampler's, (B, T).
 
       truncate  min(ratio, cap) of each token (Yao et al. 2025, "Your efficient RL framework secretly brings you
                 off-policy RL training")
@@ -271,15 +271,15 @@ def sampler_weights(log_ratio, mask, correction, cap) -> Tensor:
     if correction == "mask":
         log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
     ratio = log_ratio.clamp(-20, 20).exp()
-    return ratio.clamp(max=cap) if correction == "truncate" else ratio.where(ratio <= cap, torch.zeros_like(ratio))
+    weights = ratio.clamp(max=cap) if correction == "truncate" else ratio.where(ratio <= cap, torch.zeros_like(ratio))
+    return weights, mask & (ratio > cap)
 
 
 def correct_sampler(batch, logprobs, correction, cap):
     """Puts the trainer's own log-probabilities (B, T) in the place of the sampler's, and the weights that correct for
     the difference into the batch."""
     log_ratio = (logprobs - batch["old_logprobs"]).where(batch["mask"], torch.zeros_like(logprobs))
-    weights = batch["weights"] = sampler_weights(log_ratio, batch["mask"], correction, cap)
-    batch["sampler_cut"] = batch["mask"] & ((weights == 0) | (weights >= cap))
+    batch["weights"], batch["sampler_cut"] = sampler_weights(log_ratio, batch["mask"], correction, cap)
     batch["old_logprobs"], batch["sampler_log_ratio"] = logprobs, log_ratio
 
 

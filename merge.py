@@ -54,13 +54,14 @@ def ties(base: Weights, policies: list[Weights], scale=1.0, keep=0.2) -> Weights
 
 
 def trimmed(vector: Weights, keep) -> Weights:
-    """The share `keep` of all values that is largest in size (one at least); 0 elsewhere."""
-    sizes = torch.cat([values.abs().flatten() for values in vector.values()])
+    """The share `keep` of all values that is largest in size (one at least, and all that are as large as the last); 0
+    elsewhere."""
+    sizes = torch.cat([values.abs().flatten() for values in vector.values()]).numpy()
     dropped = len(sizes) - max(1, round(keep * len(sizes)))
     if dropped == 0:
         return vector
-    limit = sizes.kthvalue(dropped).values
-    return {name: values.where(values.abs() > limit, torch.zeros_like(values)) for name, values in vector.items()}
+    sizes.partition(dropped)  # in place
+    return {name: values.where(values.abs() >= sizes[dropped], 0.0) for name, values in vector.items()}
 
 
 def interpolate(old: Weights, new: Weights, alpha) -> Weights:
@@ -71,7 +72,8 @@ def interpolate(old: Weights, new: Weights, alpha) -> Weights:
 
 def merge_adapters(old: Weights, new: Weights, alpha) -> Weights:
     """LoRA's factors whose product is nearest to (1 - alpha) B_old A_old + alpha B_new A_new (Eckart and Young 1936),
-    with the ranks that they have. The merged product may have twice their rank; what is beyond is lost."""
+    with the ranks that they have. The merged product may have twice their rank; what is beyond is lost. The rows of A
+    are orthogonal and as long as those of the new A on average, so that B learns on, also where the product is 0."""
     merged = {}
     for name_a in [name for name in new if "lora_A" in name]:
         name_b = name_a.replace("lora_A", "lora_B")
@@ -80,10 +82,12 @@ def merge_adapters(old: Weights, new: Weights, alpha) -> Weights:
         right = torch.cat([old[name_a], new[name_a]], 0).double()
         (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
         u, s, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-        rank = len(new[name_a])
-        root = s[:rank].sqrt()
-        merged[name_a] = ((root[:, None] * v[:rank]) @ q_right.T).to(new[name_a].dtype)
-        merged[name_b] = (q_left @ (u[:, :rank] * root)).to(new[name_b].dtype)
+        rank = min(len(new[name_a]), len(s))  # a layer may have fewer inputs or outputs than the adapter's rank
+        length = new[name_a].double().square().sum(1).mean().sqrt()
+        a, b = new[name_a].clone(), torch.zeros_like(new[name_b])
+        a[:rank] = (length * v[:rank] @ q_right.T).to(a.dtype)
+        b[:, :rank] = (q_left @ (u[:, :rank] * s[:rank]) / length).to(b.dtype)
+        merged |= {name_a: a, name_b: b}
     return merged
 
 
@@ -116,14 +120,19 @@ class MergeCL(CLAlgorithm):
             raise ValueError("cl_algorithm merge needs whole LoRA adapters; leave out --shard")
         return super().from_args(args)
 
+    def augment_batch(self, new_tasks, current_domain):
+        if self.merged is None:  # before the first step
+            self.merged = policy.snapshot(self.trainer.model)
+        return new_tasks
+
     def post_step_hook(self, trainer, domain):
         if (trainer.step + 1) % trainer.args.num_steps_per_task:  # not the domain's last
             return
-        new, lora = policy.snapshot(trainer.model), trainer.initial is None
-        nothing = {name: torch.zeros_like(p) for name, p in new.items()} if lora else trainer.initial
-        merge = merge_adapters if lora else interpolate
-        self.merged = merge(self.merged or nothing, new, self.flags.merge_alpha)
+        merge = merge_adapters if trainer.args.lora_rank else interpolate
+        self.merged = merge(self.merged, policy.snapshot(trainer.model), self.flags.merge_alpha)
         policy.restore(trainer.model, self.merged)
+        if trainer.args.lora_rank:
+            trainer.optimizer.state.clear()  # the moments are those of other factors
 
     def bytes_kept(self):
         return sum(p.nbytes for p in (self.merged or {}).values())

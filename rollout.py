@@ -50,7 +50,7 @@ class Flags:
     max_tool_tokens: Count | None = None
     """cut longer tool results"""
     rollout_engine: Engine = "auto"
-    """padded, paged (continuous batching of transformers), vllm (servers), or auto: padded"""
+    """padded, paged (transformers' continuous batching), vllm (servers), or auto: padded, paged for flash attention"""
 
 
 def settings(args) -> dict:
@@ -176,10 +176,8 @@ def rollout(
 
     max_new_tokens: sampled tokens per turn. max_context: tokens per conversation (None: the model's limit); a full
     context ends it as "max_steps". max_user_tokens, max_tool_tokens: longer messages are cut to as many tokens.
-    generator: a torch.Generator on the model's device; servers draw by themselves. on_finish(episode, trajectory) is
-    called when an episode ends.
-    engine: "padded", "paged", "vllm", or "auto": padded. vllm_url, vllm_timeout: its servers, and seconds that one may
-    take.
+    generator: of torch, on the model's device; servers draw by themselves. on_finish(episode, trajectory): at an end.
+    engine: "padded", "paged", "vllm" or "auto". vllm_url, vllm_timeout: servers, and seconds that one may take.
 
     An exception in `episode.act` makes the trajectory invalid; its `error` is the exception's text. Episodes with a
     true attribute `slow` (their users are models behind a server) act in threads while the others go on. With a sharded
@@ -226,24 +224,26 @@ def choose_engine(model, engine="auto") -> str:
     """Resolves "auto". Raises ValueError for an engine that is unknown or cannot use the model's attention."""
     if engine not in get_args(Engine):
         raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(get_args(Engine))}")
-    engine = "padded" if engine == "auto" else engine
+    attention = model.config._attn_implementation
+    if engine == "auto":
+        engine = "paged" if "flash" in attention else "padded"
     if engine == "vllm":  # the model here samples nothing
         return engine
-    attention = model.config._attn_implementation
     if attention not in ("eager", "sdpa") and (engine == "padded" or "flash" not in attention):
-        flash = " or a flash one" if engine == "paged" else ""
-        raise ValueError(f"{engine} rollouts need the attention eager, sdpa{flash}, not {attention}")
+        raise ValueError(f"{engine} rollouts need the attention eager or sdpa (paged: or flash), not {attention}")
     return engine
 
 
-def check_engine(model, args):
-    """Raises ValueError or ServerFailed if an object with these flags names an engine that cannot play this policy."""
+def check_engine(model, args) -> list:
+    """The directories that weights are handed over in. Raises ValueError or ServerFailed for an engine that fails."""
     engine = choose_engine(model, args.rollout_engine)
     if (engine == "vllm") != bool(args.vllm_url):
         raise ValueError(f"rollout_engine vllm and vllm_url go together, got {engine} and {args.vllm_url}")
     if engine == "vllm":
         servers = server.connect(tuple(args.vllm_url), args.vllm_timeout)
         servers.check(model, context_length(model, args.max_context))
+        return servers.folders
+    return []
 
 
 def context_length(model, max_context=None) -> int:

@@ -133,6 +133,8 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
     if args.resume:
         run = Path(args.resume)
         given, (args, config) = args, checkpoint.read_config(type(args), run)
+        if given.vllm_url:  # servers may have moved
+            args.vllm_url, args.vllm_timeout = given.vllm_url, given.vllm_timeout
         checkpoint.lock(run)
         folder = next(reversed(checkpoint.checkpoints(run)), None)  # a run killed before its first one begins again
         saved = checkpoint.read(folder) if folder else None
@@ -179,7 +181,8 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
     if not folder and not args.lora_rank:
         initial = policy.snapshot(model)
     limits = (args.max_context, args.max_user_tokens, args.max_tool_tokens)
-    rollout.check_engine(model, args)
+    for handed in rollout.check_engine(model, args):
+        checkpoint.lock(handed)
     for domain, task in [(d, t) for found in (tasks, eval_tasks) for d, ts in found.items() for t in ts]:
         episode = oracle.Episode(domain, task, users.scripted_like(args.user), args.max_turns)
         rollout.check_opening(model, tokenizer, episode, *limits)

@@ -12,7 +12,6 @@ Data flow: weights -> hand_over -> directory -> server; conversation -> play -> 
 import concurrent.futures
 import copy
 import dataclasses
-import fcntl
 import functools
 import http.client
 import json
@@ -25,6 +24,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,7 +33,7 @@ import distributed  # sets what transformers reads when it is imported
 # isort: split
 import torch
 import tyro
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import policy
@@ -44,7 +44,6 @@ from text import printable, reason, without_secrets
 
 MARK = "HANDOVER.txt"
 NOTICE = "Training overwrites the weights in this directory. Never serve a model that you want to keep from here.\n"
-AT_ONCE = 256  # requests of a rank that wait for an answer
 BUSY = (429, 500, 502, 503, 504)  # HTTP errors of a server that may come back
 PAUSE = 1.0  # seconds between two attempts to reach a server
 PROBE = (
@@ -83,16 +82,20 @@ def served_weights(model) -> dict[str, torch.Tensor]:
     policy.trained_parameters(model)  # reshards
     embedding, dtype = model.get_input_embeddings().weight, model.compute_dtype
     tied = [n for n, p in model.named_parameters(remove_duplicate=False) if p is embedding]
-    found = {name: policy.gathered(p) for name, p in model.named_parameters()}
-    found = {name: tensor if tensor is None else tensor.to(dtype) for name, tensor in found.items()}
+    found = {name: policy.gathered(p.to(dtype)) for name, p in model.named_parameters()}
     return {**found, **{name: copy.deepcopy(found[tied[0]]) for name in tied[1:]}}
 
 
 def write_weights(weights, folder: Path):
-    """Writes aside and renames: a server that starts at any moment finds whole weights."""
-    save_file(weights, folder / "model.tmp", metadata={"format": "pt"})
-    (folder / "model.tmp").chmod(0o644)  # the server may be another user's
-    os.replace(folder / "model.tmp", folder / "model.safetensors")
+    """Writes aside and renames: a server that starts at any moment finds whole weights. Raises OSError."""
+    temporary = folder / "model.tmp"
+    try:
+        save_file(weights, temporary, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {folder}, which needs room for the weights twice: {one_line(error)}") from None
+    temporary.chmod(0o644)  # the server may be another user's
+    os.replace(temporary, folder / "model.safetensors")
 
 
 def make_directory(model, tokenizer, folder: Path):
@@ -126,8 +129,9 @@ class Servers:
     """The servers at some addresses, which all play the same policy."""
 
     def __init__(self, urls, timeout):
-        self.timeout, self.locks = timeout, []
-        self.handed, self.adapter, self.number, self.vocabulary, self.allowed = None, None, 0, 0, APART
+        self.timeout, self.vocabulary = timeout, 0
+        self.handed = self.adapter = None  # what they play: sums of the weights, and with LoRA the adapter's name
+        self.allowed, self.before = None, []  # see verify
         self.begin()
         for url in urls:
             check_address(url)
@@ -140,7 +144,7 @@ class Servers:
     def ask(self, url, path, body=None):
         """The JSON answer to a GET, or to a POST of `body`; {} if it is none. Where there is no answer, or an error of
         the server's, it asks again for `timeout` seconds. Raises ServerFailed."""
-        where, began = without_secrets(url + path), time.monotonic()
+        where, began, failed = without_secrets(url + path), time.monotonic(), self.failed
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('VLLM_API_KEY', '')}"}
         data = None if body is None else json.dumps(body).encode()
         while True:
@@ -153,16 +157,18 @@ class Servers:
                     return json.loads(text)
                 return {}  # such as "Success: ..."
             except urllib.error.HTTPError as error:
-                why = f"HTTP {error.code}: {printable(error.read(300).decode(errors='replace'))}"
+                why = f"HTTP {error.code}"
+                with suppress(OSError, http.client.HTTPException):
+                    why += f": {printable(error.read(300).decode(errors='replace'))}"
                 if error.code not in BUSY:
                     raise ServerFailed(f"{where} refuses: {why}") from None
             except (OSError, http.client.HTTPException) as error:
                 why = reason(error)
-            if not self.waiting:
+            if not self.waiting and not failed.is_set():
                 self.waiting = True
                 distributed.say(f"waiting for {where} for {self.timeout:g} s at most ({why})")
-            if left < PAUSE or self.failed.wait(PAUSE):
-                self.failed.set()
+            if left < PAUSE or failed.wait(PAUSE):
+                failed.set()
                 raise ServerFailed(f"{where} has given no answer for {self.timeout:g} s ({why}); see --vllm_timeout")
 
     def describe(self, url) -> Server:
@@ -183,7 +189,7 @@ class Servers:
         return list(dict.fromkeys(server.folder for server in self.servers))
 
     def check(self, model, max_context):
-        """Raises ServerFailed for a server that cannot play this policy, or plays another process's."""
+        """Raises ServerFailed for a server that cannot play this policy."""
         for server in self.servers:
             if server.max_context < max_context:
                 limit = f"has room for {server.max_context} tokens (--max-model-len), max_context is {max_context}"
@@ -191,51 +197,65 @@ class Servers:
         if not has_adapter(model):
             mine = {name: list(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
             for folder in self.folders:
-                with safe_open(folder / "model.safetensors", "pt") as tensors:
+                try:
+                    tensors = safe_open(folder / "model.safetensors", "pt")
+                except (SafetensorError, OSError) as error:
+                    raise ServerFailed(f"cannot read {folder / 'model.safetensors'}: {one_line(error)}") from None
+                with tensors:
                     theirs = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
                 other = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
                 if other:
                     shapes = f"{other[0]} has the shape {theirs.get(other[0])}, here {mine.get(other[0])}"
                     raise ServerFailed(f"{folder} has another model: {shapes}")
-        for folder in self.folders if rank() == 0 and not self.locks else ():
-            self.locks.append(open(folder / MARK, encoding="utf-8"))  # noqa: SIM115 (until this process ends)
-            try:
-                fcntl.flock(self.locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ServerFailed(f"another run hands its weights over in {folder}; give each run its own") from None
 
     def hand_over(self, model, tokenizer, temperature):
         """Lets the servers play this policy, if they do not already. Every rank must call. Raises ServerFailed on every
         rank."""
-        policy.trained_parameters(model)  # reshards
+        parameters = policy.trained_parameters(model)  # reshards
         sums = [policy.whole(p.detach().sum(dtype=torch.float64)).item() for p in model.parameters()]
-        if sums == self.handed:  # on every rank alike
+        if all(all_gather_json(sums == self.handed)):
             return
-        self.handed, self.vocabulary, lora = None, model.config.vocab_size, has_adapter(model)
-        weights = policy.gathered_weights(model) if lora else served_weights(model)
+        self.handed, self.vocabulary = None, model.config.vocab_size
+        if has_adapter(model):
+            weights = {name: policy.gathered(p) for name, p in parameters.items()} if policy.is_sharded(model) else None
+            load = functools.partial(self.load_adapter, model, tokenizer, weights)
+        else:
+            load = functools.partial(self.load, served_weights(model))
         failure, answers = None, []
         if rank() == 0:
             self.begin()
             try:
-                if lora:
-                    self.load_adapter(model, tokenizer, weights)
-                else:
-                    self.load(weights)
+                load()
                 answers = [self.score_probe(server, tokenizer, temperature) for server in self.servers]
-            except (ServerFailed, OSError) as error:
-                failure = str(error)
-        del weights
+            except (ServerFailed, OSError, SafetensorError) as error:
+                failure = one_line(error)
+        del load
         failure, answers, self.adapter = all_gather_json([failure, answers, self.adapter])[0]
-        apart = []  # of each server
+        self.verify(model, answers, temperature)
+        raise_everywhere(failure)
+        self.handed = sums
+
+    def verify(self, model, answers, temperature):
+        """Raises ServerFailed on every rank if a server's scores of the probe are too far from the model's, or are
+        still those of the policy before. How far they may be follows from how far they are at first, which is what
+        rounding does. Every rank must call."""
+        found, failure = [], None  # found: of each server its scores and ours
         for server, (ids, scores) in zip(self.servers, answers, strict=False):
             mine = score(model, ids, temperature)
-            apart.append(sum(abs(a - b) for a, b in zip(scores, mine, strict=True)) / len(mine))
-            if not apart[-1] < self.allowed:
-                away = f"{apart[-1]:.4f} away from those here, on average over {len(mine)} tokens"
-                other = "plays another policy, perhaps an old one: its log-probabilities are"
-                failure = f"{without_secrets(server.url)} {other} {away}"
+            found.append((scores[:-PROBE_TOKENS], mine[:-PROBE_TOKENS]))
+            apart = sum(abs(a - b) for a, b in zip(scores, mine, strict=True)) / len(mine)
+            theirs, ours = self.before[len(found) - 1] if self.before else (None, None)
+            stale = theirs == found[-1][0] and ours != found[-1][1]
+            if stale or not apart < (self.allowed or APART):
+                other = (
+                    f"plays another policy, perhaps an old one: its log-probabilities are {apart:.4f} away from those"
+                )
+                failure = f"{without_secrets(server.url)} {other} here, on average over {len(mine)} tokens"
+                failure += ", and have not changed" if stale else ""
+            elif self.allowed is None and len(found) == len(self.servers):
+                self.allowed = min(APART, LATER * apart + 1e-3)
+        self.before = found or self.before
         raise_everywhere(failure)
-        self.handed, self.allowed = sums, min(self.allowed, LATER * max(apart) + 1e-3)
 
     def load(self, weights):
         """Lets every server read new weights."""
@@ -246,18 +266,19 @@ class Servers:
             self.ask(server.url, "/reset_prefix_cache", {})
 
     def load_adapter(self, model, tokenizer, weights):
-        """The same with LoRA: the adapter alone, under a new name each time."""
-        before, self.number = self.adapter, self.number + 1
-        self.adapter = f"adapter-{os.getpid()}-{self.number}"
+        """The same with LoRA: the adapter alone, under a new name each time, which is what prefixes are cached by."""
+        name = f"adapter-{uuid.uuid4().hex}"
         for folder in self.folders:
-            policy.save_policy(model, tokenizer, folder / self.adapter, weights)
+            policy.save_policy(model, tokenizer, folder / name, weights)
         for server in self.servers:
-            about = {"lora_name": self.adapter, "lora_path": str(server.folder / self.adapter)}
+            about = {"lora_name": name, "lora_path": str(server.folder / name)}
             self.ask(server.url, "/v1/load_lora_adapter", about)
-            if before:
-                self.ask(server.url, "/v1/unload_lora_adapter", {"lora_name": before})
+            if self.adapter:
+                with suppress(ServerFailed):  # it has been started again
+                    self.ask(server.url, "/v1/unload_lora_adapter", {"lora_name": self.adapter})
+        self.adapter = name
         for old in [path for folder in self.folders for path in folder.glob("adapter-*")]:
-            if old.name != self.adapter:
+            if old.name != name:
                 shutil.rmtree(old, ignore_errors=True)
 
     def complete(self, server, ids, max_tokens, temperature, stop_ids=(), **more) -> dict:
@@ -357,7 +378,7 @@ def score(model, ids, temperature) -> list[float]:
 def play(servers, active, temperature):
     """Plays the conversations (rollout._Conversation) to their ends. Each goes on as soon as it is answered, with the
     server that it began with, which remembers its beginning. Every rank must call; raises ServerFailed on all."""
-    pool, asked, failure = concurrent.futures.ThreadPoolExecutor(AT_ONCE), {}, None
+    asked, failure = {}, None
     servers.begin()
     try:
         while not all(c.finished for c in active):
@@ -368,7 +389,7 @@ def play(servers, active, temperature):
                 if c.answer is None and not c.finished and i not in busy:
                     server = servers.servers[(i + rank()) % len(servers.servers)]
                     turn = (c.trajectory.token_ids, c.room, temperature, c.chat.stop_ids)
-                    asked[pool.submit(servers.sample, server, *turn)] = i
+                    asked[in_thread(servers.sample, server, *turn)] = i
             waiting = [*asked, *(c.answer for c in active if c.answer is not None)]
             done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done & asked.keys():
@@ -377,8 +398,21 @@ def play(servers, active, temperature):
         failure = str(error)
     finally:
         servers.failed.set()
-        pool.shutdown(wait=False, cancel_futures=True)
     raise_everywhere(failure)
+
+
+def in_thread(function, *args) -> concurrent.futures.Future:
+    """The future of function(*args), in a thread that does not keep the process from ending."""
+    future = concurrent.futures.Future()
+
+    def work():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 # ---------------------------------------------------------------------------------------------------------- the script

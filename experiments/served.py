@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
+import server
 from experiments import runner
 from experiments.runner import Several, cell
 from flags import Few, Seed
@@ -85,8 +86,9 @@ def run_script(log, *command):
 def make_directory(output: Path, flags) -> Path:
     """A hand-over directory of the embedded policy. Its vocabulary is that of the domains' tasks."""
     folder = output / "policy"
-    if not folder.exists():
-        shutil.rmtree(output / "base", ignore_errors=True)
+    if not (folder / server.MARK).exists():
+        for unfinished in (output / "base", folder):
+            shutil.rmtree(unfinished, ignore_errors=True)
         nothing = ["--num_steps_per_task", "0", "--warmup_steps", "0", "--eval_trials", "1", "--run_name", "base"]
         run_script(output / "base.log", "train.py", *flags, *nothing, "--runs_dir", output.resolve())
         last = (output / "base/checkpoints/LAST").resolve()

@@ -24,6 +24,7 @@ class FakeVLLM:
         self.delay = lambda body: 0.0  # seconds before an answer
         self.change = lambda choice: choice  # of an answer to /v1/completions
         self.status = lambda path: 200
+        self.short = False  # whether errors break off
         self.lock, self.server, self.port = threading.Lock(), None, 0
         self.generator = torch.Generator().manual_seed(0)
 
@@ -55,8 +56,8 @@ class FakeVLLM:
             return 200, {"data": [about]}
         self.asked.append((path, body))
         time.sleep(self.delay(body))
-        if self.status(path) != 200:
-            return self.status(path), {"error": "as the test wants"}
+        if (status := self.status(path)) != 200:
+            return status, {"error": "as the test wants"}
         if path == "/collective_rpc" and body == {"method": "reload_weights"}:
             weights = load_file(self.folder / "model.safetensors")
             self.model.load_state_dict({n: p for n, p in weights.items() if n not in self.kept_names}, strict=False)
@@ -67,9 +68,11 @@ class FakeVLLM:
             self.adapters[body["lora_name"]] = policy.load_policy(body["lora_path"], "float32", "cpu")[0]
             return 200, b"Success: loaded"
         if path == "/v1/unload_lora_adapter":
-            del self.adapters[body["lora_name"]]
-            return 200, b"Success: removed"
+            found = self.adapters.pop(body["lora_name"], None)
+            return (200 if found else 404), b"Success: removed" if found else b"no such adapter"
         assert path == "/v1/completions", path
+        if body["model"] not in ("served", *self.adapters):
+            return 404, {"error": "no such model"}
         with self.lock:
             return 200, {"choices": [self.change(self.complete(body))]}
 
@@ -102,7 +105,7 @@ def handler_of(fake):
             status, found = fake.answer(self.path, body)
             data = found if isinstance(found, bytes) else b"" if found is None else json.dumps(found).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Length", str(len(data) + 10 * (fake.short and status != 200)))
             self.end_headers()
             self.wfile.write(data)
 

@@ -115,14 +115,17 @@ RATIO_MASK = torch.tensor([[True, False, True, True], [False, True, True, False]
 
 
 def test_sampler_weights_are_cut_token_by_token_or_by_the_conversation():
-    truncated = grpo.sampler_weights(LOG_RATIO, RATIO_MASK, "truncate", 2.0)
+    truncated, cut = grpo.sampler_weights(LOG_RATIO, RATIO_MASK, "truncate", 2.0)
+    assert cut.tolist() == [[False, False, True, False], [False] * 4, [False] * 4]
     rows = [[math.exp(0.1), 2.0, math.exp(-3)], [math.exp(0.2), math.exp(0.3)]]
     assert [truncated[k][RATIO_MASK[k]].tolist() for k in (0, 1)] == [pytest.approx(row) for row in rows]
     for cap, second in ((2.0, math.exp(0.5)), (1.6, 0.0)):
-        masked = grpo.sampler_weights(LOG_RATIO, RATIO_MASK, "mask", cap)
+        masked, cut = grpo.sampler_weights(LOG_RATIO, RATIO_MASK, "mask", cap)
+        assert torch.equal(cut, RATIO_MASK & torch.tensor([[False], [second == 0.0], [False]]))
         assert masked[0][RATIO_MASK[0]].tolist() == pytest.approx([math.exp(-2.0)] * 3)
         assert masked[1][RATIO_MASK[1]].tolist() == pytest.approx([second] * 2)
-    far = grpo.sampler_weights(torch.tensor([[900.0, -900.0]]), torch.tensor([[True, True]]), "truncate", 2.0)
+    far, _ = grpo.sampler_weights(torch.tensor([[900.0, -900.0]]), torch.tensor([[True, True]]), "truncate", 2.0)
+    assert not grpo.sampler_weights(torch.zeros(1, 2), torch.ones(1, 2).bool(), "truncate", 1.0)[1].any()  # at the cap
     assert far.isfinite().all() and far[0, 0] == 2.0
 
 

@@ -13,7 +13,7 @@ import merge
 import policy
 import train
 
-RNG = torch.Generator().manual_seed(0)
+RNG, IDS = torch.Generator().manual_seed(0), torch.arange(3, 40)[None]
 BASE, FIRST, SECOND = ({"a": torch.randn(4, 3, generator=RNG), "b": torch.randn(5, generator=RNG)} for _ in range(3))
 
 
@@ -72,20 +72,28 @@ def product(weights):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("rank", [1, 2, 4, 6, 9])  # the layer has 7 inputs and 5 outputs
 def test_merged_adapters_have_the_nearest_product_of_their_rank(rank, alpha):
     old, new = adapters(rank, 1), adapters(rank, 2)
     found, wanted = product(merge.merge_adapters(old, new, alpha)), (1 - alpha) * product(old) + alpha * product(new)
-    u, s, v = torch.linalg.svd(wanted)
+    u, s, v = torch.linalg.svd(wanted, full_matrices=False)
     torch.testing.assert_close(found, u[:, :rank] * s[:rank] @ v[:rank])
     if alpha in (0.0, 1.0):
         torch.testing.assert_close(found, wanted)
 
 
-def test_adapters_that_nothing_was_merged_with_yet():
-    new = adapters(2, 1)
-    nothing = {name: torch.zeros_like(p) for name, p in new.items()}
-    torch.testing.assert_close(product(merge.merge_adapters(nothing, new, 0.5)), 0.5 * product(new))
+def test_adapters_without_a_product_go_on_learning():
+    fresh = adapters(2, 1)
+    fresh["m.lora_B.w"].zero_()
+    merged = merge.merge_adapters(fresh, fresh, 0.5)
+    assert not product(merged).any()
+    torch.testing.assert_close(merged["m.lora_A.w"].norm(), fresh["m.lora_A.w"].norm())  # so B has a gradient
+
+
+def test_equal_values_stay_together():
+    vector = {"a": torch.tensor([1.0, 1.0, -1.0, 1.0, 0.5])}
+    assert merge.trimmed(vector, 0.2)["a"].tolist() == [1.0, 1.0, -1.0, 1.0, 0.0]
+    assert merge.trimmed({"a": torch.tensor([2.0] * 5)}, 0.2)["a"].tolist() == [2.0] * 5
 
 
 # ------------------------------------------------------------------------------------------------------- the algorithm
@@ -99,6 +107,7 @@ def merged_in_a_domain(shard):
     initial = {name: policy.gathered(p) for name, p in policy.trained_parameters(trainer.model).items()}
     for step in range(2):
         trainer.state["global_step"] = step
+        assert algorithm.augment_batch([], "airline") == []
         with torch.no_grad():
             for p in policy.trained_parameters(trainer.model).values():
                 p.add_(step + 1.0)
@@ -119,17 +128,28 @@ def test_a_domain_ends_with_the_merged_policy(shard, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora_rank", "2"]])
-def test_the_next_domain_starts_from_the_merged_policy(lora, tmp_path):
-    """With an alpha of 0, every domain ends with the policy before any training."""
+def test_every_domain_starts_from_the_merged_policy(lora, tmp_path):
+    """The policy that a domain's steps begin with is the one before any training, if alpha is 0."""
     frozen = ["--cl_algorithm", "merge", "--merge_alpha", "0", "--warmup_learning_rate", "0.1", "--run_name", "r"]
     args = small_args(tmp_path, *frozen, *lora)
-    algorithm, ends = merge.MergeCL.from_args(args), []
-    algorithm.post_task_hook = lambda trainer, domain: ends.append(
-        policy.token_logprobs(trainer.model, torch.arange(3, 40)[None], torch.ones(1, 37)).detach()
-    )
+    algorithm, scores = merge.MergeCL.from_args(args), {}
+
+    def score(trainer):
+        return policy.token_logprobs(trainer.model, IDS, torch.ones_like(IDS)).detach()
+
+    def augment_batch(new_tasks, domain):
+        scores.setdefault(f"start of {domain}", score(algorithm.trainer))
+        return merge.MergeCL.augment_batch(algorithm, new_tasks, domain)
+
+    def post_step_hook(trainer, domain):
+        scores[f"training of {domain}"] = score(trainer)
+        merge.MergeCL.post_step_hook(algorithm, trainer, domain)
+
+    algorithm.augment_batch, algorithm.post_step_hook = augment_batch, post_step_hook
     train.train(args, algorithm)
-    assert len(ends) == 2
-    torch.testing.assert_close(ends[0], ends[1])
+    torch.testing.assert_close(scores["start of telecom"], scores["start of airline"])
+    for domain in ("airline", "telecom"):  # each has learnt something, which the merge then drops
+        assert (scores[f"training of {domain}"] - scores["start of airline"]).abs().max() > 1e-3
 
 
 def test_whole_adapters_are_needed(tmp_path):
@@ -169,9 +189,6 @@ def run_command(monkeypatch, capsys, *flags, code=0):
         return capsys.readouterr().err
     merge.main()
     return capsys.readouterr().out
-
-
-IDS = torch.arange(3, 40)[None]
 
 
 def test_the_command_writes_a_model(saved, tmp_path, monkeypatch, capsys):
