@@ -113,7 +113,11 @@ class EWC(CLAlgorithm):
             if {name: p.shape for name, p in parameters.items()} != {name: t.shape for name, t in anchor.items()}:
                 raise ValueError("the trained parameters are not those that the Fisher information was taken of")
             for name, p in parameters.items():
-                yield self.ewc_lambda / 2 * (fisher[name] * (p - anchor[name]).square()).sum()
+                yield self.term(p - anchor[name], fisher[name])
+
+    def term(self, drift, fisher):
+        """The penalty of a parameter's drift from where it was."""
+        return self.ewc_lambda / 2 * (fisher * drift.square()).sum()
 
     def consolidate(self, model, batches, loss_fn) -> dict[str, Tensor]:
         """The end of a task: see `fisher_diagonal`."""
@@ -194,6 +198,25 @@ class OnlineEWC(EWC):
         for name, p in theta.items():  # in place: no third copy of the parameters
             anchor[name].copy_(p)
             running[name].mul_(self.ewc_decay).add_(fisher[name])
+
+
+class CPO(EWC):
+    """ewc_lambda sum over protected parameters of |theta - theta*| (CPO, arXiv:2607.04364), for each finished task. We
+    could not find how the paper chooses what is protected. Here it is what has more Fisher information at the task's
+    end than the mean over all parameters; that is ours."""
+
+    def hold(self, theta, fisher):
+        total = sum(policy.whole(f.sum()).item() for f in fisher.values())
+        mean = total / sum(f.numel() for f in fisher.values())
+        super().hold(theta, {name: (f > mean).to(f.dtype) for name, f in fisher.items()})
+
+    def term(self, drift, protected):
+        return self.ewc_lambda * (protected * drift.abs()).sum()
+
+    def get_statistics(self):
+        shares = [sum(policy.whole(p.sum()).item() for p in held.values()) for _, held in self.held]
+        size = sum(p.numel() for p in self.held[0][1].values()) if self.held else 1
+        return {**super().get_statistics(), "share protected": [round(share / size, 4) for share in shares]}
 
 
 class LwF(CLAlgorithm):

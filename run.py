@@ -245,6 +245,10 @@ def announce(trainer: Trainer):
     size = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     say(f"{args.cl_algorithm} on {args.model_name_or_path} ({size:.1f}M parameters), {ranks} rank(s)")
     number = {d: len(tasks) for d, tasks in trainer.tasks.items()}
+    fields = dataclasses.fields(args)
+    usual = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in fields}
+    changed = [f"{name} {getattr(args, name)}" for name in usual if getattr(args, name) != usual[name]]
+    say(f"settings that are not the defaults of a real model: {', '.join(changed)}")
     say(f"training tasks: {number}; evaluated on the {args.eval_split} split, {args.user} user")
     if trainer.state["ranks"] != ranks:
         say(f"resuming with {ranks} ranks a run of {trainer.state['ranks']}: batches change their size")

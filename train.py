@@ -57,6 +57,7 @@ ALGORITHMS = {
     "generative_replay": generative.GenerativeReplayCL,
     "ewc": regularize.EWC,
     "online_ewc": regularize.OnlineEWC,
+    "cpo": regularize.CPO,
     "lwf": regularize.LwF,
     "merge": merge.MergeCL,
 }
@@ -69,7 +70,8 @@ class Flags:
     """The loop."""
 
     cl_algorithm: str = "sequential"
-    """sequential, joint, replay, adaptive_replay, generative_replay, ewc, online_ewc, lwf, merge, or FILE:CLASS"""
+    """sequential, joint, replay, adaptive_replay, generative_replay, ewc, online_ewc, cpo, lwf, merge, or
+    path/to/file.py:MyAlgorithm"""
     seed: Seed = 0
     """seed of every random draw"""
     batch_size_per_gpu: Count = 4
@@ -192,9 +194,6 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
     plan = schedule(args, trainer.stages)
     tasks = {TaskRef(d, task.id): task for d in args.task_order for task in trainer.tasks[d]}
     gold = functools.cache(lambda ref: run.demonstration(args, tokenizer, ref.domain, tasks[ref]))
-    if args.model_name_or_path == "tiny":
-        changed = [f"{name} {value}" for name, value in TINY.items() if getattr(args, name) == value]
-        distributed.say(f"settings of the embedded policy: {', '.join(changed)}")
     bar = tqdm(total=len(plan), initial=state["position"], disable=rank > 0 or None)
     for position in range(state["position"], len(plan)):
         stage, phase, step = plan[position]

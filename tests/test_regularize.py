@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import grpo
 import policy as policies
 from grpo import Trajectory
-from regularize import EWC, LwF, OnlineEWC, fisher_diagonal
+from regularize import CPO, EWC, LwF, OnlineEWC, fisher_diagonal
 
 
 def squared_error(model, batch):
@@ -232,6 +232,35 @@ def test_online_ewc_has_the_solution_of_all_tasks_together():
     held = 0.7 * (0.6 * f1 + f2)
     torch.testing.assert_close(found[1], two, rtol=0, atol=1e-5)
     torch.testing.assert_close(found[2], (held * two + f3 * c3) / (held + f3), rtol=0, atol=1e-5)
+
+
+def test_cpo_pulls_what_it_protects_by_the_same_force_however_far_it_is():
+    cpo = CPO(0.3)
+    information = {"a": torch.tensor([[4.0, 0.0], [1.0, 0.9]]).double(), "b": torch.tensor([0.1, 2.0]).double()}
+    there = {name: torch.zeros_like(f) for name, f in information.items()}
+    cpo.hold(there, {name: f.clone() for name, f in information.items()})  # the mean over all six is 1.33
+    protected = {"a": torch.tensor([[1.0, 0.0], [0.0, 0.0]]).double(), "b": torch.tensor([0.0, 1.0]).double()}
+    for drift in (1e-6, 5.0):
+        parameters = {n: torch.nn.Parameter(torch.full_like(f, -drift)) for n, f in there.items()}
+        loss = sum(cpo.penalty(parameters))
+        loss.backward()
+        assert loss.item() == pytest.approx(0.3 * 2 * drift)
+        for name, p in parameters.items():
+            torch.testing.assert_close(p.grad, -0.3 * protected[name])
+    assert cpo.get_statistics()["share protected"] == [pytest.approx(2 / 6, abs=1e-4)]
+
+
+def test_cpo_has_the_solution_of_a_lasso_around_the_task_before():
+    """The minimum of c (p - m)^2 / 2 + lambda |p - t| is a step towards m from t that lambda shortens, or t itself."""
+    p, held = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64)), CPO(0.5)
+    held.hold({"p": torch.zeros(3, dtype=torch.float64)}, {"p": torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)})
+    curvature, centre = torch.tensor([1.0, 1.0, 2.0]).double(), torch.tensor([2.0, 0.3, 0.3]).double()
+    optimizer = torch.optim.SGD([p], lr=1e-3)
+    for _ in range(8000):
+        optimizer.zero_grad()
+        (quadratic(curvature, centre)(p) + sum(held.penalty({"p": p}))).backward()
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([1.5, 0.0, 0.3]).double(), rtol=0, atol=2e-3)
 
 
 def test_misuse_of_ewc_is_named():

@@ -422,7 +422,7 @@ def test_the_report_names_the_command_that_was_given(finished):
 
 def test_a_run_prints_our_lines_only(finished):
     _, shown = finished
-    known = r"replay on|training tasks|settings of|writing|after |statistics of |  +\w|before |doing |average |0\."
+    known = r"replay on|training tasks|settings that|writing|after |statistics of |  +\w|before |doing |average |0\."
     assert [line for line in shown.stdout.splitlines() if line and not re.match(known, line)] == []
     bars = re.compile(r"^(airline|telecom): \w+:|^evaluate \(|^$")
     assert [line for line in re.split(r"[\r\n]", shown.stderr) if not bars.match(line.strip())] == []
