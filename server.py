@@ -109,7 +109,7 @@ def make_directory(model, tokenizer, folder: Path):
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_weights(served_weights(model), folder)
-    (folder / MARK).write_text(NOTICE)
+    (folder / MARK).write_text(NOTICE, encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------- the servers

@@ -7,7 +7,8 @@ import torch.multiprocessing
 def on_two_ranks(function, tmp_path, *args) -> list:
     """function(*args) on each of two gloo ranks; [rank] -> its result (anything that torch.save takes)."""
     path = str(tmp_path / function.__name__)
-    torch.multiprocessing.spawn(_rank, [path, function, args], nprocs=2)
+    # Forked, because importing everything anew takes longer than what the ranks do.
+    torch.multiprocessing.start_processes(_rank, [path, function, args], nprocs=2, start_method="fork")
     return [torch.load(f"{path}.{rank}", weights_only=True) for rank in (0, 1)]
 
 
