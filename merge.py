@@ -1,7 +1,7 @@
 """Merging of policies: task arithmetic, TIES, and a running merge at each domain's end.
 
-    python merge.py runs/airline runs/retail --method ties --output merged     finished runs, into one model's directory
-    python train.py --cl_algorithm merge --merge_alpha 0.5                     each domain starts from the merged policy
+    python merge.py --runs runs/airline runs/retail --method ties --output merged    finished runs, into a model
+    python train.py --cl_algorithm merge --merge_alpha 0.5           each domain starts from the merged policy
 
 What is merged are task vectors tau_i = theta_i - theta_0: the weights of finished runs less those that all of them
 started from. The result is a directory that transformers, vLLM and eval.py load.
@@ -152,7 +152,7 @@ class MergeCL(CLAlgorithm):
 class Args:
     """Merges finished runs that started from the same policy."""
 
-    runs: tyro.conf.Positional[Annotated[list[str], MinLen(1)]]
+    runs: Annotated[list[str], MinLen(1)]
     """directories of runs, or of models"""
     method: Literal["arithmetic", "ties", "running"]
     """task arithmetic; TIES; or the running merge, in the order of the runs (of one run: WiSE-FT)"""

@@ -1,6 +1,6 @@
 """Rollouts by vLLM: weights are handed over as files; token ids go in, token ids and their log-probabilities come out.
 
-    python server.py Qwen/Qwen2.5-7B-Instruct /dev/shm/policy
+    python server.py --model_name_or_path Qwen/Qwen2.5-7B-Instruct --directory /dev/shm/policy
 
 makes a hand-over directory and says how to serve it. A server reads its weights from there. Before a rollout with other
 weights than the last, rank 0 writes them into the directory, lets the server read them again, and compares how both
@@ -422,9 +422,9 @@ def in_thread(function, *args) -> concurrent.futures.Future:
 class Args:
     """Makes a directory that a vLLM server reads its weights from, and train.py writes them to."""
 
-    model: tyro.conf.Positional[str]
+    model_name_or_path: str
     """directory or hub name of the model that will be trained"""
-    directory: tyro.conf.Positional[str]
+    directory: str
     """a new directory, in memory (/dev/shm) or on a file system that server and trainer share"""
     model_dtype: policy.Flags.__annotations__["model_dtype"] = "bfloat16"
     """the type that the policy is computed in"""
@@ -433,7 +433,9 @@ class Args:
 def main():
     try:
         args = tyro.cli(Args)
-        model, tokenizer = policy.load_policy(args.model, args.model_dtype, "cpu", weights_dtype=args.model_dtype)
+        model, tokenizer = policy.load_policy(
+            args.model_name_or_path, args.model_dtype, "cpu", weights_dtype=args.model_dtype
+        )
         ChatFormat.of(tokenizer)
         make_directory(model, tokenizer, Path(args.directory))
     except (ValueError, OSError) as error:

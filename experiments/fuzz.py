@@ -51,9 +51,11 @@ from text import printable
 SMALL = {
     "train.py": (
         "--task_order mock --max_tasks_per_domain None --num_steps_per_task 1 --num_samples_per_prompt 2 "
-        "--batch_size_per_gpu 1 --warmup_steps 0 --eval_trials 1 --max_turns 2 --max_new_tokens 4",
+        "--batch_size_per_gpu 1 --warmup_steps 0 --eval_trials 1 --max_turns 2 --max_new_tokens 4 --vllm_timeout 1",
         "--resume stopped",
     ),
+    "merge.py": ("--runs run run2 --method running --base run/checkpoints/LAST --output merged",),
+    "server.py": ("--model_name_or_path run/checkpoints/LAST --directory handed --model_dtype float32",),
     "eval.py": (
         "--model_name_or_path run/checkpoints/LAST --domains mock --max_turns 2 --max_new_tokens 4",
         "--model_name_or_path run/checkpoints/LAST --domains mock --output evaluation",

@@ -92,7 +92,8 @@ def make_directory(output: Path, flags) -> Path:
         nothing = ["--num_steps_per_task", "0", "--warmup_steps", "0", "--eval_trials", "1", "--run_name", "base"]
         run_script(output / "base.log", "train.py", *flags, *nothing, "--runs_dir", output.resolve())
         last = (output / "base/checkpoints/LAST").resolve()
-        run_script(output / "policy.log", "server.py", last, folder.resolve(), "--model_dtype", "float32")
+        about = ["--model_dtype", "float32", "--model_name_or_path", last, "--directory"]
+        run_script(output / "policy.log", "server.py", *about, folder.resolve())
     return folder
 
 

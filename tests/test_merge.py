@@ -181,7 +181,7 @@ def saved(tmp_path_factory):
 
 
 def run_command(monkeypatch, capsys, *flags, code=0):
-    monkeypatch.setattr("sys.argv", ["merge.py", *map(str, flags)])
+    monkeypatch.setattr("sys.argv", ["merge.py", "--runs", *map(str, flags)])
     if code:
         with pytest.raises(SystemExit) as stop:
             merge.main()

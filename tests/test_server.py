@@ -419,7 +419,16 @@ def test_the_script_makes_a_directory_that_a_server_can_start_from(small, tmp_pa
     folder, model, _ = small
     for code in (0, 2):
         monkeypatch.setattr(
-            "sys.argv", ["server.py", str(folder), str(tmp_path / "policy"), "--model_dtype", "float32"]
+            "sys.argv",
+            [
+                "server.py",
+                "--model_name_or_path",
+                str(folder),
+                "--directory",
+                str(tmp_path / "policy"),
+                "--model_dtype",
+                "float32",
+            ],
         )
         with pytest.raises(SystemExit) if code else nullcontext():
             server.main()
