@@ -247,10 +247,10 @@ class Servers:
             theirs, ours = self.before[len(found) - 1] if self.before else (None, None)
             stale = theirs == found[-1][0] and ours != found[-1][1]
             if stale or not apart < (self.allowed or APART):
-                other = (
-                    f"plays another policy, perhaps an old one: its log-probabilities are {apart:.4f} away from those"
+                failure = (
+                    f"{without_secrets(server.url)} plays another policy, perhaps an old one: its log-probabilities "
                 )
-                failure = f"{without_secrets(server.url)} {other} here, on average over {len(mine)} tokens"
+                failure += f"are {apart:.4f} away from those here, on average over {len(mine)} tokens"
                 failure += ", and have not changed" if stale else ""
             elif self.allowed is None and len(found) == len(self.servers):
                 self.allowed = min(APART, LATER * apart + 1e-3)
