@@ -10,10 +10,20 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import distributed
+import grpo
 from flags import checked
 from grpo import TaskRef, Trajectory
 
-LIBRARY = ("algorithm", "replay", "regularize", "merge", "generative")  # the modules of our own algorithms
+LIBRARY = (
+    "algorithm",
+    "replay",
+    "regularize",
+    "distill",
+    "merge",
+    "generative",
+    "drift",
+)  # the modules of our own algorithms
 HOOKS = re.compile(r"augment_\w+|\w+_hook|_sample_\w+")
 
 
@@ -34,7 +44,8 @@ class CLAlgorithm:
     The loop sets `trainer` (also `_trainer`). Hooks may read trainer.args (also .config), .model, .tokenizer, .domain,
     .step, .phase ("warmup" or "grpo"), .tasks, .trajectory_buffer, .scores ({domain: mean reward} of the last
     evaluation), .run (the directory), and of this step: .refs_P and .rewards_P_G (tasks and rewards of all ranks; NaN:
-    invalid), .trajectories (of all ranks, messages as JSON), .replayed and .replayed_losses (stored conversations and
+    invalid or not needed), .sampled (this rank's new conversations), .trajectories (of all ranks, messages as JSON,
+    after the step), .replayed and .replayed_losses (stored conversations and
     their losses), .batches (this rank's micro-batches, see grpo.collate). They may call
     trainer.log_custom_metric(name, value).
     """
@@ -74,6 +85,10 @@ class CLAlgorithm:
 
     def keeps(self, trajectory: Trajectory) -> bool:
         """Whether a finished conversation is offered to the buffer."""
+        return True
+
+    def needs_rewards(self, domain: str) -> bool:
+        """Whether this step's conversations of a domain need rewards. Those without one have no policy gradient."""
         return True
 
     def augment_batch(self, new_tasks: list[TaskRef], current_domain: str) -> list[TaskRef]:
@@ -141,6 +156,18 @@ class JointCL(CLAlgorithm):
     """All domains at once, for as many steps as the sequence takes: what there is to reach without forgetting."""
 
     all_domains = True
+
+
+def batches(trainer, trajectories) -> list[dict]:
+    """Micro-batches (grpo.collate) of this rank's trajectories; "indices" are the places of their rows in the list."""
+    args, device, pad = trainer.args, trainer.model.device, trainer.tokenizer.pad_token_id or 0
+    nothing = Trajectory(token_ids=[0, 0], action_mask=[False] * 2, logprobs=[0.0] * 2, turns=[-1] * 2)
+    parts = grpo.micro_batches([len(t.token_ids) for t in trajectories], args.micro_batch_tokens)
+    if args.shard:  # every pass is one of all ranks: ranks with fewer passes run dummies without a loss
+        parts += [[len(trajectories)]] * (max(distributed.all_gather_json(len(parts))) - len(parts))
+    rows = [*trajectories, nothing]
+    found = [grpo.collate([rows[i] for i in part], args.gamma, device, pad) for part in parts]
+    return [{**batch, "indices": part} for batch, part in zip(found, parts, strict=True)]
 
 
 def load_algorithm(name, algorithms, args) -> CLAlgorithm:

@@ -65,12 +65,13 @@ class Flags:
     """a conversation passes with this reward or more. Default: tau2's, 1"""
 
 
-def score_and_record(episode, trajectory, evaluation_type="all") -> dict:
+def score_and_record(episode, trajectory, evaluation_type="all", scored=True) -> dict:
     """Sets the trajectory's reward and the episode's `reward_info`, and returns a record of the conversation as JSON.
     If the environment or the evaluator failed, the trajectory becomes invalid and the record's reward is None; if the
-    agent made it fail, the reward is 0 (see oracle.score). "error" is the reason of both."""
+    agent made it fail, the reward is 0 (see oracle.score). "error" is the reason of both. scored: False calls no
+    evaluator; the reward is None, too."""
     parts, episode.reward_info = {}, None
-    if trajectory.valid:
+    if trajectory.valid and scored:
         try:
             episode.reward_info = oracle.score(episode, evaluation_type)
             trajectory.reward, trajectory.termination = episode.reward_info.reward, episode.termination
@@ -81,7 +82,7 @@ def score_and_record(episode, trajectory, evaluation_type="all") -> dict:
     return {
         "time": datetime.datetime.now().isoformat(timespec="seconds"),
         **{name: getattr(trajectory, name) for name in ("domain", "task_id", "termination", "error", "truncated")},
-        "reward": trajectory.reward if trajectory.valid else None,
+        "reward": trajectory.reward if trajectory.valid and scored else None,
         "reward_parts": parts,
         "tool_accuracy": oracle.tool_accuracy(episode),
         "tokens": sum(trajectory.action_mask),
@@ -94,7 +95,7 @@ def score_and_record(episode, trajectory, evaluation_type="all") -> dict:
 
 def stop_if_invalid(records):
     """Raises StopRun, with the first error, if more than MAX_INVALID_SHARE of the conversations are invalid."""
-    invalid = [r for r in records if r["reward"] is None]
+    invalid = [r for r in records if r["reward"] is None and r["error"]]
     if len(invalid) > MAX_INVALID_SHARE * len(records):
         where = "{domain} task {task_id}: {error}".format(**invalid[0])
         raise StopRun(f"{len(invalid)} of {len(records)} conversations ended in an error (the first in {where})")

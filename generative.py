@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+import distill
 import distributed
 import policy
 from algorithm import CLAlgorithm
@@ -288,14 +289,10 @@ class GenerativeReplayCL(CLAlgorithm):
         for k in condition.tolist():
             self.generated[self.order[k]] += ranks
         parts = [self.as_tokens(part) for part in windows.split(self.windows_at_once)]
-        with policy.weights_of(trainer.model, self.teacher):
-            head = policy.frozen_head(trainer.model)
-            taught = [policy.hidden_states(trainer.model, *part) for part in parts]
-        total = max(1, distributed.sum_over_ranks(sum(map(len, taught))))
+        total = max(1, distributed.sum_over_ranks(sum(int(mask[:, 1:].sum()) for _, mask in parts)))
         weight = self.flags.replay_weight * replay_weights(self.rehearsal.tasks_done + 1)[1]
         divergence = 0.0
-        for part, teacher in zip(parts, taught, strict=True):
-            kl = policy.distillation_kl(trainer.model, *part, head, teacher)
+        for kl in distill.distillation(trainer.model, self.teacher, parts):
             divergence += kl.item()
             yield weight * kl * ranks / total  # the loop averages over ranks
         self.count(trainer.domain, "distillation KL", distributed.sum_over_ranks(divergence) / total)

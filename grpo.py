@@ -100,6 +100,7 @@ class Trajectory:
     error: str = ""
     truncated_turns: int = 0  # agent turns cut at max_new_tokens
     replayed: bool = False  # a stored conversation of an earlier policy
+    top: list = field(default_factory=list)  # of each sampled token, if an algorithm keeps it: distill.top_logprobs
 
     @property
     def task(self) -> TaskRef:

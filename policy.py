@@ -27,7 +27,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen2Config, Qwen2Tokenizer
 from transformers.cache_utils import DynamicLayer
@@ -372,6 +371,17 @@ def snapshot_from(model, read) -> dict[str, Tensor]:
     return {name: _local(placed_like(read(name), p)).to("cpu", copy=True) for name, p in parameters}
 
 
+def gathered_snapshots(model, saved) -> dict[str, Tensor]:
+    """{name: snapshot}, for a file, as `gathered_snapshot` of each."""
+    whole = [gathered_snapshot(model, one) for one in saved.values()]
+    return {f"{k}/{name}": tensor for k, one in enumerate(whole) for name, tensor in one.items()}
+
+
+def snapshots_from(model, names, read) -> dict[str, dict]:
+    """The inverse of `gathered_snapshots`."""
+    return {name: snapshot_from(model, lambda key, k=k: read(f"{k}/{key}")) for k, name in enumerate(names)}
+
+
 def gathered_weights(model) -> dict | None:
     """All weights by name, whole on rank 0; None if they are not sharded."""
     if not is_sharded(model):
@@ -426,7 +436,7 @@ def token_logprobs(model, ids_B_T, attention_mask_B_T, temperature=1.0, mask_B_T
 
     wanted = attention_mask_B_T[:, 1:].bool() if mask_B_T is None else mask_B_T[:, 1:].bool()
     results = []
-    for column in _read_logits(model, ids_B_T, wanted, read, targets[wanted]):
+    for column in read_logits(model, ids_B_T, wanted, read, targets[wanted]):
         full = torch.zeros(ids_B_T.shape, device=ids_B_T.device)
         full[:, 1:] = full[:, 1:].masked_scatter(wanted, column)
         results.append(full)
@@ -435,8 +445,8 @@ def token_logprobs(model, ids_B_T, attention_mask_B_T, temperature=1.0, mask_B_T
 
 @torch.no_grad()
 def frozen_head(model) -> nn.Module:
-    """The projection on the vocabulary, for `distillation_kl`: itself if it is not trained, else a copy, whole on every
-    rank."""
+    """The projection on the vocabulary, to keep beside hidden states (`distill.hidden_states`): itself if it is not
+    trained, else a copy, whole on every rank."""
     trained_parameters(model)  # reshards
     head = model.get_output_embeddings()
     if not any(p.requires_grad for p in head.parameters()):
@@ -445,28 +455,7 @@ def frozen_head(model) -> nn.Module:
     return _filled(skeleton, head.parameters(), model.compute_dtype)
 
 
-def hidden_states(model, ids_B_T, mask_B_T) -> Tensor:
-    """The last hidden states (N, H) that predict the N tokens of `mask_B_T` (never a first token), without gradient.
-    With the `frozen_head` they stand for N distributions over the vocabulary, in the memory of N vectors."""
-    with torch.no_grad():
-        return _read_logits(model, ids_B_T, mask_B_T[:, 1:].bool(), None)[0]
-
-
-def distillation_kl(model, ids_B_T, mask_B_T, head, teacher_NH) -> Tensor:
-    """KL(teacher || policy) in nats, summed over the N distributions of the tokens of `mask_B_T`; a scalar. The teacher
-    is given by its `frozen_head` and its `hidden_states` for the same tokens."""
-
-    def read(logits_NV, teacher_NH):
-        with torch.no_grad():
-            teacher_NV = head(teacher_NH).float().log_softmax(-1)
-        return (F.kl_div(logits_NV.log_softmax(-1), teacher_NV, reduction="none", log_target=True).sum(-1),)
-
-    wanted = mask_B_T[:, 1:].bool()
-    (kl,) = _read_logits(model, ids_B_T, wanted, read, teacher_NH)
-    return kl.sum()
-
-
-def _read_logits(model, ids_B_T, wanted, read, *rows):
+def read_logits(model, ids_B_T, wanted, read, *rows):
     """read(logits (n, V), *rows (n, ...)) -> tuple of tensors (n, ...), CHUNK logits at a time, for the logits that
     predict the tokens `wanted` (B, T - 1), which begin with the second. Returns the tuple for all N. `read` None: the
     hidden states (N, H) before the projection."""

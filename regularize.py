@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import distill
 import distributed
 import policy
 from algorithm import CLAlgorithm
@@ -241,15 +242,15 @@ class LwF(CLAlgorithm):
         total = distributed.sum_over_ranks(sum(int(mask.sum()) for _, mask in rows))
         if total == 0:
             return
-        with policy.weights_of(trainer.model, self.teacher):
-            head = policy.frozen_head(trainer.model)
-            taught = [policy.hidden_states(trainer.model, *row) for row in rows]
         weight = self.lwf_coef * distributed.world_size() / total  # the loop averages over ranks
-        for row, teacher in zip(rows, taught, strict=True):
-            yield weight * policy.distillation_kl(trainer.model, *row, head, teacher)
+        for kl in distill.distillation(trainer.model, self.teacher, rows):
+            yield weight * kl
 
     def post_task_hook(self, trainer, domain):
         self.teacher = policy.snapshot(trainer.model)
+
+    def get_statistics(self):
+        return {}
 
     def bytes_kept(self):
         return sum(p.nbytes for p in (self.teacher or {}).values())

@@ -15,6 +15,7 @@ import transformers
 
 import checkpoint
 import distributed
+import drift
 import eval as evaluation
 import grpo
 import oracle
@@ -72,8 +73,9 @@ class Trainer:
     domain: str = ""
     phase: str = ""  # "warmup" or "grpo" during a step
     refs_P: list[TaskRef] = field(default_factory=list)  # of this step: the tasks of all ranks, ...
-    rewards_P_G: torch.Tensor | None = None  # ... their rewards, NaN for invalid conversations, ...
-    trajectories: list[Trajectory] = field(default_factory=list)  # ... conversations, if an algorithm uses them, ...
+    rewards_P_G: torch.Tensor | None = None  # ... their rewards, NaN for conversations without one, ...
+    sampled: list[Trajectory] = field(default_factory=list)  # ... this rank's conversations, ...
+    trajectories: list[Trajectory] = field(default_factory=list)  # ... of all ranks, if an algorithm uses them, ...
     replayed: list[Trajectory] = field(default_factory=list)  # ... stored conversations in the batch, ...
     replayed_losses: list[float] = field(default_factory=list)  # ... their losses, ...
     batches: list[dict] = field(default_factory=list)  # ... and this rank's micro-batches (grpo.collate)
@@ -156,7 +158,7 @@ def set_up(args, algorithm, algorithms, device) -> Trainer:
     eval_tasks = oracle.evaluation_tasks(args, tasks)
     if config and config["train_tasks"] != checkpoint.task_ids(tasks):
         raise ValueError(f"cannot resume {run}: the train_tasks of its config.json are not those of this tau2")
-    algorithms = [algorithm, *regularize.penalties(args, algorithm)]
+    algorithms = [algorithm, *regularize.penalties(args, algorithm), *drift.loggers(args)]
     users.prepare(args.user, os.environ.get("OPENAI_BASE_URL"), model_dtype=args.model_dtype, device=device)
     args.kl_reference = args.kl_reference or ("initial" if args.lora_rank else "domain")
     corpus = None

@@ -22,6 +22,7 @@ def step_metrics(trainer, records, clock) -> dict:
     valid = frame.dropna(subset="reward")
     accuracy = frame["tool_accuracy"].dropna()
     by_domain = valid.groupby("domain")["reward"]
+    scored = trainer.rewards_P_G[~trainer.rewards_P_G.isnan().all(1)]
     new = valid["reward"][valid["domain"].isin(trainer.domains)]
     return {
         "kind": "step",
@@ -32,13 +33,13 @@ def step_metrics(trainer, records, clock) -> dict:
         "reward_by_domain": by_domain.mean().to_dict(),
         "pass_rate_by_domain": by_domain.agg(lambda rewards: (rewards >= trainer.args.pass_threshold).mean()).to_dict(),
         "tool_accuracy": float(accuracy.mean()) if len(accuracy) else None,
-        "zero_variance_groups": 1.0 - grpo.varied(trainer.rewards_P_G).float().mean().item(),
+        "zero_variance_groups": 1.0 - grpo.varied(scored).float().mean().item(),
         "replayed_groups": statistics.fmean(ref.domain not in trainer.domains for ref in trainer.refs_P),
         "replay_ratio": max(a.replay_ratio for a in trainer.algorithms),
         "turns": float(frame["turns"].mean()),
         "tool_error_share": float(frame["failed_calls"].sum() / max(1, frame["tool_calls"].sum())),
         "truncated": float(frame["truncated"].mean()),
-        "invalid": len(frame) - len(valid),
+        "invalid": int((frame["reward"].isna() & (frame["error"] != "")).sum()),
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "skipped_in_a_row": trainer.state["skipped_in_a_row"],
         "tokens_per_second": float(frame["tokens"].sum() / clock["rollout_seconds"]),

@@ -31,6 +31,8 @@ import tyro
 from tqdm import tqdm
 
 import checkpoint
+import distill
+import drift
 import eval as evaluation
 import generative
 import grpo
@@ -43,9 +45,9 @@ import rollout
 import run
 import server
 import tracking
-from algorithm import CLAlgorithm
+from algorithm import CLAlgorithm, batches
 from flags import CHECKED, Count, CountOrZero, Few, LearningRate, Positive, PositiveShare, Seed, one_line
-from grpo import TaskRef, Trajectory
+from grpo import TaskRef
 from run import Trainer
 from text import print_safely
 
@@ -55,6 +57,8 @@ ALGORITHMS = {
     "replay": replay.ReplayCL,
     "adaptive_replay": replay.AdaptiveReplayCL,
     "generative_replay": generative.GenerativeReplayCL,
+    "distillation": distill.DistillationCL,
+    "der": distill.DERPlusPlus,
     "ewc": regularize.EWC,
     "online_ewc": regularize.OnlineEWC,
     "cpo": regularize.CPO,
@@ -70,8 +74,8 @@ class Flags:
     """The loop."""
 
     cl_algorithm: str = "sequential"
-    """sequential, joint, replay, adaptive_replay, generative_replay, ewc, online_ewc, cpo, lwf, merge, or
-    path/to/file.py:MyAlgorithm"""
+    """sequential, joint, replay, adaptive_replay, generative_replay, distillation, der, ewc, online_ewc, cpo, lwf,
+    merge, or path/to/file.py:MyAlgorithm"""
     seed: Seed = 0
     """seed of every random draw"""
     batch_size_per_gpu: Count = 4
@@ -140,8 +144,10 @@ COMPONENTS = {
     "GRPO": grpo.Flags,
     "replay": replay.Flags,
     "generative_replay": generative.Flags,
+    "distillation": distill.Flags,
     "penalties": regularize.Flags,
     "merging": merge.Flags,
+    "drift": drift.Flags,
     "evaluation": evaluation.Flags,
     "run": run.Flags,
 }
@@ -225,10 +231,12 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
                     for k in range(args.gradient_accumulation_steps):
                         part = episodes[k * size : (k + 1) * size]
                         trajectories += rollout.rollout(model, tokenizer, part, generator=generator, **sampling)
+                trainer.sampled = trajectories
                 clock.lap("rollout_seconds")
 
                 # 3. Rewards: tau2's own. An invalid conversation has none.
-                records = [score(e, t) for e, t in zip(episodes, trajectories, strict=True)]
+                needed = {d: all(a.needs_rewards(d) for a in algorithms) for d in args.task_order}
+                records = [score(e, t, scored=needed[t.domain]) for e, t in zip(episodes, trajectories, strict=True)]
                 records = distributed.gathered_in_order(records, len(refs_P), G)
                 evaluation.stop_if_invalid(records)
                 rewards = [math.nan if r["reward"] is None else r["reward"] for r in records]
@@ -248,7 +256,7 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
             if phase == "grpo":
                 run.add_logprobs(trainer)
             set_learning_rate(trainer, step, conversations + len(trainer.replayed))
-            history, extra, norm = [], None, 0.0  # history: by iteration, the statistics of all ranks' micro-batches
+            history, extra, norm = [], [], 0.0  # by iteration: statistics of all ranks' micro-batches, extra losses
             for _ in range(args.num_iterations if phase == "grpo" else 1):
                 stats = []
                 for batch in trainer.batches:
@@ -263,13 +271,17 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
                         stats.append(grpo.batch_stats(batch, logprobs, entropy, found))
                     loss.backward()
                 clock.lap("update_seconds")
-                for a in algorithms:  # EWC, LwF, generative replay: added by their gradients
+                added = []
+                for a in algorithms:  # EWC, LwF, distillation, generative replay: added by their gradients
                     for loss in a.extra_losses(trainer):
                         policy.rank_share(loss).backward()
-                        extra = (extra or 0.0) + policy.whole(loss.detach()).item() / args.num_iterations
+                        added.append(policy.whole(loss.detach()).item())
                 clock.lap("extra_seconds")
-                history.append([s for part in distributed.all_gather_json(stats) for s in part])
-                if not counts["tokens"] and not counts["replayed_tokens"] and extra is None:
+                of_ranks = distributed.all_gather_json([stats, added])
+                history.append([s for stats, _ in of_ranks for s in stats])
+                added = [loss for _, added in of_ranks for loss in added]
+                extra += [sum(added) / ranks] if added else []
+                if not counts["tokens"] and not counts["replayed_tokens"] and not added:
                     continue
 
                 # 6. Data parallelism: sum the raw gradients over ranks, clip, step.
@@ -312,8 +324,8 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
                 state["global_step"] += 1
                 metrics = {**tracking.step_metrics(trainer, records, clock), **grpo.update_stats(history, counts)}
                 metrics["grad_norm"] = norm
-                if extra is not None:
-                    metrics["extra_loss"] = distributed.sum_over_ranks(extra) / ranks
+                if extra:
+                    metrics["extra_loss"] = sum(extra) / args.num_iterations
                 run.log(trainer, metrics)
                 bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.3f}")
 
@@ -381,18 +393,6 @@ def next_tasks(trainer: Trainer, tasks, stage, step) -> list[TaskRef]:
     rates = {TaskRef(domain, id): rate for domain, of in state["epoch_rates"].items() for id, rate in of.items()}
     seed = [args.seed, stage, trainer.phase == "grpo"]
     return oracle.sample_tasks(candidates, count, step, seed, args.batch_order, rates)
-
-
-def batches(trainer: Trainer, trajectories) -> list[dict]:
-    """Micro-batches (grpo.collate) of this rank's trajectories; "indices" are the places of their rows in the list."""
-    args, device, pad = trainer.args, trainer.model.device, trainer.tokenizer.pad_token_id or 0
-    nothing = Trajectory(token_ids=[0, 0], action_mask=[False] * 2, logprobs=[0.0] * 2, turns=[-1] * 2)
-    parts = grpo.micro_batches([len(t.token_ids) for t in trajectories], args.micro_batch_tokens)
-    if args.shard:  # every pass is one of all ranks: ranks with fewer passes run dummies without a loss
-        parts += [[len(trajectories)]] * (max(distributed.all_gather_json(len(parts))) - len(parts))
-    rows = [*trajectories, nothing]
-    found = [grpo.collate([rows[i] for i in part], args.gamma, device, pad) for part in parts]
-    return [{**batch, "indices": part} for batch, part in zip(found, parts, strict=True)]
 
 
 def set_learning_rate(trainer: Trainer, step, conversations):

@@ -99,13 +99,14 @@ def play(trainer, order=(0, 1, 2, 3), rewards=REWARDS, trajectories=None, steps=
     """Runs GRPO steps of train.train on the conversations of the tasks in `order`. Returns the log."""
     trajectories, logged = trajectories or conversations(), []
 
-    def score_and_record(episode, t, evaluation_type):
+    def score_and_record(episode, t, evaluation_type, scored):
         place = trajectories.index(t)
         reward = rewards[place // 3][place % 3]
         t.valid, t.reward = reward is not None, reward or 0.0
+        reward = reward if scored else None
         about = {"turns": 2, "failed_calls": 0, "tool_calls": 0, "truncated": t.truncated, "tokens": sum(t.action_mask)}
-        about["tool_accuracy"] = 0.5
-        return {"reward": reward, "domain": "airline", "messages": [], **about}
+        about |= {"tool_accuracy": 0.5, "error": "" if t.valid else "failed"}
+        return {"reward": reward, "domain": t.domain, "messages": [], **about}
 
     def rollouts(model, tokenizer, episodes, **kwargs):
         return [copy.deepcopy(trajectories[3 * int(task.id) + k % 3]) for k, task in enumerate(episodes)]
