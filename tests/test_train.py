@@ -667,8 +667,8 @@ def test_what_is_stored_can_be_trained_on(tmp_path, monkeypatch):
     sampled, score, rewards = [], evaluation.score_and_record, itertools.cycle([0.0, 0.0, 1.0, 0.0])
     play_all = rollout.rollout
 
-    def scored(episode, t, **kwargs):
-        record = {**score(episode, t, **kwargs), "reward": next(rewards)}
+    def scored(episode, t, *args, **kwargs):
+        record = {**score(episode, t, *args, **kwargs), "reward": next(rewards)}
         t.reward = record["reward"]
         return record
 
