@@ -53,6 +53,8 @@ from tau2.data_model.tasks import Task
 from tau2.environment.environment import Environment
 from tau2.registry import registry
 
+import variants
+
 V1 = None  # tau2_v1.py, if tau2 1.x is installed
 if importlib.util.find_spec("tau2.runner"):
     import tau2_v1 as V1
@@ -121,7 +123,10 @@ def _private_toolkit(toolkit):
 
 
 def registered(domain: str) -> str:
-    """The name of a domain that tau2 has an environment and tasks for; ValueError for any other."""
+    """The name of a domain that tau2 has an environment and tasks for, or of a variant of one (variants.py); ValueError
+    for any other."""
+    if domain not in registry.get_domains() and variants.register(domain):
+        return domain
     known = sorted(set(registry.get_domains()) & set(registry.get_task_sets()))
     if domain not in known:
         raise ValueError(f"unknown domain {domain!r}; choose one of {', '.join(known)}, or register it with tau2 first")

@@ -29,6 +29,7 @@ import oracle
 import policy
 import rollout
 import users
+import variants
 from distributed import StopRun, all_gather_json, barrier, rank, world_size
 from flags import Count, Few, PositiveShare, Seed, checked, one_line
 from grpo import PASS, Trajectory
@@ -324,7 +325,9 @@ def complete(args: Args) -> tuple[Args, dict, dict]:
         settings[name] = settings[name] and without_secrets(settings[name])
     cut = (args.max_tasks, config["train_split"], config["seed"])
     tasks = {domain: oracle.load_tasks(domain, args.split, *cut) for domain in args.domains}
-    tasks |= {d: [task for task in tasks[d] if task.id in chosen[d]] for d in tasks if d in chosen}
+    for domain in tasks:  # of a variant: the tasks of its original
+        wanted = chosen.get(variants.original(domain), [task.id for task in tasks[domain]])
+        tasks[domain] = [task for task in tasks[domain] if task.id in wanted]
     return args, settings, tasks
 
 

@@ -4,7 +4,7 @@
     python experiments/embedded.py --arms sequential replay --seeds 0 1 2       minutes
 
 Every process has one thread; there are as many as cores. Stopped, the same command goes on. Of a finished run,
-summary.json, metrics.jsonl, config.json and its report are kept.
+summary.json, metrics.jsonl, config.json, its report and its last model are kept.
 """
 
 import itertools
@@ -87,11 +87,20 @@ def other_orders(args) -> dict[str, str]:
 
 def start(run: Path, flags) -> subprocess.Popen:
     """Starts a run, or resumes it. Its output goes to a file beside the run."""
-    flags = f"--cl_algorithm {flags} --run_name {run.name} --runs_dir".split()
+    flags = f"--cl_algorithm {flags} --drift_every 8 --run_name {run.name} --runs_dir".split()
     flags = ["--resume", run] if (run / "config.json").exists() else [*flags, run.parent]
     with open(f"{run}.log", "a", encoding="utf-8") as log:
         command = [sys.executable, ROOT / "train.py", *flags]
         return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def keep_model(run: Path):
+    """Removes what takes much room: conversations, and all of the checkpoints but the last model."""
+    (run / "trajectories.jsonl").unlink(missing_ok=True)
+    last = (run / "checkpoints" / "LAST").resolve()
+    for path in (*run.glob("checkpoints/[0-9]*"), last / "training"):
+        if path != last:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check_revisions(runs):
@@ -125,8 +134,7 @@ def run_experiment(args: Args):
                     continue
                 if going.pop(run).returncode:
                     raise ValueError(f"{run.name} failed; see {run}.log")
-                shutil.rmtree(run / "checkpoints", ignore_errors=True)  # these take much room
-                (run / "trajectories.jsonl").unlink(missing_ok=True)
+                keep_model(run)
                 bar.update()
                 left = len(waiting) + len(going)
                 minutes = (time.monotonic() - began) / 60 * left / (todo - left)

@@ -96,7 +96,13 @@ def checkout(tmp_path, monkeypatch):
 import json, os, pathlib, sys, time
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 run = pathlib.Path(flags.get("--resume") or os.path.join(flags["--runs_dir"], flags["--run_name"]))
-(run / "checkpoints").mkdir(parents=True, exist_ok=True)
+for name in ("00001-step1", "00002-step2"):
+    (run / "checkpoints" / name / "training").mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints" / name / "model.safetensors").write_text(name)
+link = run / "checkpoints" / "LAST"
+link.unlink(missing_ok=True)
+link.symlink_to("00002-step2")
+(run / "trajectories.jsonl").write_text("")
 about = dict(revision={embedded.revision()!r}, flags=sys.argv[1:], threads=os.environ["OMP_NUM_THREADS"])
 (run / "config.json").write_text(json.dumps(about | dict(pid=os.getpid())))
 code = pathlib.Path(__file__).with_name("code")
@@ -124,10 +130,14 @@ def test_every_arm_runs_once_and_is_compared(checkout, capsys):
     )
     embedded.run_experiment(args)
     runs = [checkout / "out" / f"{arm}_seed{seed}" for seed in (0, 3) for arm in ("replay", "high_reward")]
-    expected = "--cl_algorithm replay --replay_strategy high_reward --seed 3 --run_name high_reward_seed3 --runs_dir"
-    assert arguments(runs[-1])["flags"] == [*expected.split(), str(checkout / "out")]
+    expected = (
+        "--cl_algorithm replay --replay_strategy high_reward --seed 3 --drift_every 8 --run_name high_reward_seed3"
+    )
+    assert arguments(runs[-1])["flags"] == [*expected.split(), "--runs_dir", str(checkout / "out")]
     assert arguments(runs[-1])["threads"] == "1"
-    assert {path.name for path in runs[0].iterdir()} == {"config.json", "summary.json"}
+    assert {path.name for path in runs[0].iterdir()} == {"config.json", "summary.json", "checkpoints"}
+    assert {path.name for path in (runs[0] / "checkpoints").iterdir()} == {"00002-step2", "LAST"}
+    assert [path.name for path in (runs[0] / "checkpoints" / "LAST").iterdir()] == ["model.safetensors"]
     assert re.search(r"\| replay, arm \w+ +\| 2 ", capsys.readouterr().out)
     assert (checkout / "out" / "comparison" / "p_values.png").is_file()
     before = [arguments(run) for run in runs]

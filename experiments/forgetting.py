@@ -1,0 +1,144 @@
+"""The law of forgetting: which drift of the policy does forgetting follow, and how?
+
+    python experiments/forgetting.py --runs runs/embedded/*_seed*      runs that were made with --drift_every
+
+A point is a domain that was trained after another one, in one run: what the old domain lost in that time, against how
+far the policy moved, as forward and reverse KL, on the new domain's conversations and on the old one's. For each of
+these four drifts: R^2 of a line and of a parabola through the origin, and the rank correlation, with intervals from a
+bootstrap over runs. Results are table.md, points.csv and forgetting.png.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import pandas as pd
+from annotated_types import MinLen
+
+from comparison import name_arms
+from experiments import runner
+from report import read_jsonl, read_summary
+
+RESAMPLES = 1000
+DRIFTS = {  # of the policy while the new domain was trained
+    "forward KL, new domain": "forward new",
+    "reverse KL, new domain": "reverse new",
+    "forward KL, old domain": "forward old",
+    "reverse KL, old domain": "reverse old",
+}
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Fits the laws of forgetting to finished runs."""
+
+    runs: Annotated[list[str], MinLen(1)]
+    """directories of finished runs that were made with --drift_every"""
+    output: str = "runs/forgetting"
+    """directory for the table, the points and the picture"""
+
+
+def points_of(run) -> list[dict]:
+    """A run's points: an old domain, a later one, and the drift between the two ends. Raises ValueError for a run that
+    has not logged its drift. A run of one domain, or of all at once, has none."""
+    summary = read_summary(Path(run))
+    order, R = summary["task_order"], np.array(summary["R"])
+    if summary["stages"] != order:
+        return []
+    ends = [r for r in read_jsonl(Path(run) / "metrics.jsonl") if r["kind"] == "transfer"]
+    if f"drift_forward/initial/{order[0]}" not in ends[0]:
+        raise ValueError(f"{run} has not logged its drift: make it with train.py --drift_every 8")
+    found = []
+    for k in range(1, len(order)):
+        for j in range(k):
+            drifts = {
+                f"{kind} {name}": ends[k][f"drift_{kind}/{order[k - 1]}/{domain}"]
+                for kind in ("forward", "reverse")
+                for name, domain in (("new", order[k]), ("old", order[j]))
+            }
+            about = {"run": str(run), "old": order[j], "new": order[k], "before": R[k - 1, j]}
+            found.append({**about, "forgotten": R[k - 1, j] - R[k, j], **drifts})
+    return found
+
+
+def fitted(x, y, degree) -> np.ndarray:
+    """The coefficients of x, ..., x^degree of the least-squares polynomial through the origin: no drift, no loss."""
+    powers = np.stack([x**k for k in range(1, degree + 1)], 1)
+    return np.linalg.lstsq(powers, y, rcond=None)[0]
+
+
+def r_squared(x, y, degree) -> float:
+    """The share of the variance of y that `fitted` explains."""
+    powers = np.stack([x**k for k in range(1, degree + 1)], 1)
+    rest = y - powers @ fitted(x, y, degree)
+    return 1 - (rest**2).sum() / ((y - y.mean()) ** 2).sum()
+
+
+def over_runs(points, statistic, seed=0) -> tuple[float, float, float]:
+    """(statistic(points), its 95% interval from a bootstrap over runs, whose points stay together)."""
+    places = list(points.reset_index(drop=True).groupby(points.run.to_numpy()).indices.values())
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(RESAMPLES):
+        chosen = np.concatenate([places[i] for i in rng.integers(len(places), size=len(places))])
+        drawn.append(statistic(points.iloc[chosen]))
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return float(statistic(points)), float(low), float(high)
+
+
+def table_of(points) -> list[dict]:
+    """A row per drift, over all points. The last column says whether it explains more than the first drift does."""
+
+    def explained(column, degree):
+        return lambda chosen: r_squared(chosen[column].to_numpy(), chosen.forgotten.to_numpy(), degree)
+
+    def more(column):
+        mine, first = explained(column, 2), explained(next(iter(DRIFTS.values())), 2)
+        return lambda chosen: mine(chosen) - first(chosen)
+
+    rows = []
+    for title, column in DRIFTS.items():
+        statistics = {
+            "R^2 of a line": explained(column, 1),
+            "R^2 of a parabola": explained(column, 2),
+            "rank correlation": lambda chosen, column=column: chosen[column].corr(chosen.forgotten, method="spearman"),
+            "parabola, less the first": more(column),
+        }
+        found = {name: over_runs(points, statistic) for name, statistic in statistics.items()}
+        cells = {name: f"{value:.2f} [{low:.2f}, {high:.2f}]" for name, (value, low, high) in found.items()}
+        rows.append({"drift": title, **cells})
+    return rows
+
+
+def run_experiment(args: Args):
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    chosen = {run: of_run for run in args.runs if (of_run := points_of(run))}
+    if len(chosen) < 2:
+        raise ValueError("a law needs two runs at least, of two domains or more in sequence")
+    arms, _ = name_arms([read_summary(Path(run)) for run in chosen])
+    points = pd.DataFrame(
+        [{"arm": arm, **point} for arm, of_run in zip(arms, chosen.values(), strict=True) for point in of_run]
+    )
+    points.to_csv(output / "points.csv", index=False)
+    with runner.picture(output / "forgetting.png", 2, 2, (7.2, 5.6), sharey=True) as panels:
+        for axes, (title, column) in zip(panels, DRIFTS.items(), strict=True):
+            for arm, of_arm in points.groupby("arm", sort=False):
+                axes.plot(of_arm[column], of_arm.forgotten, ".", markersize=3, alpha=0.6, label=arm)
+            x, y = points[column].to_numpy(), points.forgotten.to_numpy()
+            grid = np.linspace(0, x.max(), 100)
+            for degree, style in ((1, ":"), (2, "-")):
+                powers = np.stack([grid**k for k in range(1, degree + 1)], 1)
+                axes.plot(grid, powers @ fitted(x, y, degree), style, color="0.3", linewidth=1)
+            axes.set(title=f"{title} (line {r_squared(x, y, 1):.2f}, parabola {r_squared(x, y, 2):.2f})", xlabel="nats")
+        panels[0].set_ylabel("forgotten")
+        panels[2].set_ylabel("forgotten")
+    runner.show_table(table_of(points), output)
+
+
+if __name__ == "__main__":
+    runner.run_command(Args, run_experiment)
