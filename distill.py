@@ -7,8 +7,10 @@ Data flow: policy.snapshot of a teacher -> distillation -> KL of its distributio
 vocabulary (LwF and generative replay, too); or sampled tokens -> top_logprobs, in the buffer -> coarse_kl.
 """
 
+import base64
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,7 +21,7 @@ from algorithm import batches
 from flags import Weight
 from replay import ReplayCL
 
-TOP = 16  # log-probabilities that DER++ keeps of each sampled token's distribution
+TOP = 8  # log-probabilities that DER++ keeps of each sampled token's distribution
 NOTHING = 1e-6  # a probability that rounding in float32 may leave
 
 
@@ -75,6 +77,18 @@ def top_logprobs(model, ids_B_T, mask_B_T, temperature=1.0, k=TOP) -> tuple[Tens
 
     with torch.no_grad():
         return policy.read_logits(model, ids_B_T, mask_B_T[:, 1:].bool(), read)
+
+
+def pack(logprobs_NK, ids_NK) -> str:
+    """As text for JSON, 8 bytes for each pair of numbers. See `unpack`."""
+    pairs = torch.stack([logprobs_NK.float().view(torch.int32), ids_NK.int()])
+    return base64.b64encode(pairs.cpu().numpy().tobytes()).decode()
+
+
+def unpack(text) -> tuple[Tensor, Tensor]:
+    """The (log-probabilities, ids), both (N, TOP), that `pack` was given."""
+    numbers = np.frombuffer(base64.b64decode(text), np.int32).reshape(2, -1, TOP).copy()
+    return torch.from_numpy(numbers[0].view(np.float32)), torch.from_numpy(numbers[1].astype(np.int64))
 
 
 def coarse_kl(logits_NV, ids_NK, stored_NK) -> Tensor:
@@ -172,25 +186,22 @@ class DERPlusPlus(ReplayCL):
         for batch in batches(trainer, mine):
             logprobs, ids = top_logprobs(trainer.model, batch["ids"], batch["mask"], self.temperature)
             lengths = batch["mask"][:, 1:].sum(1).tolist()
-            rows = zip(batch["indices"], ids.split(lengths), logprobs.split(lengths), strict=True)
-            for i, ids_NK, logprobs_NK in rows:
+            for i, *top in zip(batch["indices"], logprobs.split(lengths), ids.split(lengths), strict=True):
                 if i < len(mine):  # not a dummy
-                    mine[i].top = [ids_NK.tolist(), logprobs_NK.tolist()]
+                    mine[i].top = pack(*top)
 
     def extra_losses(self, trainer):
         mine = self.taught[distributed.rank() :: distributed.world_size()]
-        total = distributed.sum_over_ranks(sum(len(t.top[0]) for t in mine))
+        total = distributed.sum_over_ranks(sum(sum(t.action_mask) for t in mine))
         weight = self.distill_coef * distributed.world_size() / max(1, total)  # the loop averages over ranks
 
         def read(logits_NV, ids_NK, stored_NK):
             return (coarse_kl(logits_NV / self.temperature, ids_NK, stored_NK),)
 
         for batch in batches(trainer, mine) if total else ():
-            tops = [mine[i].top for i in batch["indices"] if i < len(mine)]  # the others are dummies
-            ids = torch.tensor([row for top in tops for row in top[0]], dtype=torch.long).view(-1, TOP)
-            stored = torch.tensor([row for top in tops for row in top[1]]).view(-1, TOP)
-            rows = (ids.to(batch["ids"].device), stored.to(batch["ids"].device))
-            (kl,) = policy.read_logits(trainer.model, batch["ids"], batch["mask"][:, 1:], read, *rows)
+            tops = [unpack(mine[i].top if i < len(mine) else "") for i in batch["indices"]]  # a dummy has none
+            stored, ids = (torch.cat(column).to(batch["ids"].device) for column in zip(*tops, strict=True))
+            (kl,) = policy.read_logits(trainer.model, batch["ids"], batch["mask"][:, 1:], read, ids, stored)
             yield weight * kl.sum()
 
     def post_step_hook(self, trainer, domain):

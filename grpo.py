@@ -100,7 +100,7 @@ class Trajectory:
     error: str = ""
     truncated_turns: int = 0  # agent turns cut at max_new_tokens
     replayed: bool = False  # a stored conversation of an earlier policy
-    top: list = field(default_factory=list)  # of each sampled token, if an algorithm keeps it: distill.top_logprobs
+    top: str = ""  # the distributions of the sampled tokens, if an algorithm keeps them, see distill.pack
 
     @property
     def task(self) -> TaskRef:

@@ -304,7 +304,7 @@ class TrajectoryBuffer:
         """Offers a trajectory to its domain's buffer, see `add`."""
         t = replace(trajectory, replayed=True)
         if not self.tokens:
-            t = replace(t, token_ids=[], action_mask=[], logprobs=[], turns=[], messages=[], top=[])
+            t = replace(t, token_ids=[], action_mask=[], logprobs=[], turns=[], messages=[], top="")
         buffer = self.buffers.setdefault(t.domain, Buffer(self.capacity))
         return add(buffer, t, label=t.task_id, loss=loss, reward=t.reward, policy=self.policy, rng=self.rng)
 

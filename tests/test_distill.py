@@ -15,7 +15,7 @@ import eval as evaluation
 import oracle
 import policy
 import report
-from distill import DERPlusPlus, DistillationCL, coarse_kl, distillation, top_logprobs
+from distill import DERPlusPlus, DistillationCL, coarse_kl, distillation, pack, top_logprobs, unpack
 from replay import TrajectoryBuffer
 
 IDS = torch.tensor([[5, 17, 40, 8], [9, 3, 22, 0]])
@@ -122,6 +122,13 @@ def test_the_likeliest_tokens_are_kept():
     torch.testing.assert_close(logprobs.double(), expected.values, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_packed_comes_back_to_the_bit():
+    logprobs, ids = top_logprobs(tiny()[0], IDS, MASK)
+    for found, expected in zip(unpack(pack(logprobs, ids)), (logprobs, ids), strict=True):
+        assert torch.equal(found, expected) and found.dtype == expected.dtype
+    assert [tensor.shape for tensor in unpack("")] == [(0, distill.TOP)] * 2
+
+
 # ------------------------------------------------------------------------------------------------------- in the loop
 
 
@@ -174,14 +181,14 @@ def der_step(shard=False, clone_coef=0.0):
     for t in played[:3]:
         [ids], [mask] = torch.tensor([t.token_ids]), torch.tensor([t.action_mask])
         logprobs, top = top_logprobs(moved(tiny()[0]), ids[None], mask[None])
-        t.top, t.advantage = [top.tolist(), logprobs.tolist()], 0.7
+        t.top, t.advantage = pack(logprobs, top), 0.7
         trainer.trajectory_buffer.add(t)
     for t in played[9:]:
         t.domain = "retail"
     found, metrics = gradient(trainer, (3,), trajectories=played)
     new = trainer.trajectory_buffer.buffers["retail"].items
-    assert all(len(t.top[0]) == sum(t.action_mask) for t in new) and len(new) == 3
-    tops = torch.tensor([value for t in new for value in t.top[1]])
+    tops = torch.cat([unpack(t.top)[0] for t in new])
+    assert len(tops) == sum(sum(t.action_mask) for t in new) and len(new) == 3
     return found, torch.cat([torch.tensor([metrics["extra_loss"], metrics["cloning_loss"]]), tops.flatten()])
 
 
@@ -274,4 +281,4 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     assert_equal_runs(tmp_path / "whole", folder)
     assert whole["statistics"]["total_replay_samples"] > 0
     buffer = json.loads((folder / "checkpoints" / "LAST" / "training" / "buffer.json").read_text())
-    assert all(len(t["top"][0]) == sum(t["action_mask"]) for t in buffer["buffers"]["airline"]["items"])
+    assert all(len(unpack(t["top"])[0]) == sum(t["action_mask"]) for t in buffer["buffers"]["airline"]["items"])
