@@ -1,7 +1,7 @@
 """Merging of policies: task arithmetic, TIES, and a running merge at each domain's end.
 
     python merge.py --runs runs/airline runs/retail --method ties --output merged    finished runs, into a model
-    python train.py --cl_algorithm merge --merge_alpha 0.5           each domain starts from the merged policy
+    python train.py --cl_algorithm merge                             each domain starts from the merged policy
 
 What is merged are task vectors tau_i = theta_i - theta_0: the weights of finished runs less those that all of them
 started from. The result is a directory that transformers, vLLM and eval.py load.
@@ -98,19 +98,20 @@ def merge_adapters(old: Weights, new: Weights, alpha) -> Weights:
 class Flags:
     """Merging."""
 
-    merge_alpha: Share = 0.5
-    """weight of a domain's policy in the merge at its end; the rest is what was merged before"""
+    merge_alpha: Share | None = None
+    """weight of a domain's policy in the merge at its end; the rest is what was merged before. Default: 1/k at the end
+    of the k-th domain, which makes the merge the mean of the domains' policies"""
 
 
 class MergeCL(CLAlgorithm):
     """At the end of each domain's GRPO, theta~_k = (1 - alpha) theta~_(k-1) + alpha theta_k, which is then evaluated,
-    and from which the next domain starts. theta~_0 is the policy before any training.
+    and from which the next domain starts. theta~_0 is the policy before any training. Without an alpha it is 1/k.
 
     With LoRA the products of the adapters are merged, not their factors, see `merge_adapters`."""
 
     Flags = Flags
 
-    def __init__(self, merge_alpha=0.5, **kwargs):
+    def __init__(self, merge_alpha=None, **kwargs):
         super().__init__(merge_alpha=merge_alpha, **kwargs)
         self.merged = None  # policy.snapshot
 
@@ -129,7 +130,10 @@ class MergeCL(CLAlgorithm):
         if (trainer.step + 1) % trainer.args.num_steps_per_task:  # not the domain's last
             return
         merge = merge_adapters if trainer.args.lora_rank else interpolate
-        self.merged = merge(self.merged, policy.snapshot(trainer.model), self.flags.merge_alpha)
+        alpha = self.flags.merge_alpha
+        if alpha is None:
+            alpha = 1 / (len(trainer.state["R"]) + 1)
+        self.merged = merge(self.merged, policy.snapshot(trainer.model), alpha)
         policy.restore(trainer.model, self.merged)
         if trainer.args.lora_rank:
             trainer.optimizer.state.clear()  # the moments are those of other factors
