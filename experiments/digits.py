@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from experiments import runner
 from experiments.runner import Several, cell, of_arm
-from flags import Count, LearningRate, Units, Weight
+from flags import Count, LearningRate, Positive, Units, Weight
 from generative import Rehearsal, distillation_loss, replay_weights
+from merge import interpolate, task_arithmetic, ties
 from replay import Buffer, add, sample
 from vae import check_numbers, frozen, make_generator
 
@@ -32,7 +33,9 @@ TASKS, CLASSES = 5, 2  # CLASSES in each task
 IMAGE = (1, 8, 8)  # channels, height, width
 LATENT_DIM = 16  # of the generators
 LEARNING_RATE = 1e-3  # of the solver
-BUFFER_SIZE = 100  # images that experience_replay and er_plus keep
+BUFFER_SIZE = 100  # images that experience_replay, er_plus and der keep
+REPLAYS = ("experience_replay", "er_plus", "der")
+MERGES = ("merge", "task_arithmetic", "ties")  # the last two train each task from the same start
 WIDTH = 100  # of the solver's hidden layers
 TEMPERATURE = 2.0  # of soft targets
 
@@ -157,19 +160,36 @@ class Plain:
         self.penalty = of_arm(arm, args)
         self.buffer = Buffer(BUFFER_SIZE)
         self.teacher = None  # the solver, frozen at the end of the previous task
+        self.start, self.ends = self.weights(), []  # of the merges: the first weights, those at the end of each task
         self.n = 0
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.solver.state_dict().items()}
 
     def begin_task(self, x, y):
         self.n += 1
         self.x, self.y = x, y
+        if self.arm in ("task_arithmetic", "ties"):
+            self.solver.load_state_dict(self.start)
+
+    def drawn(self, number) -> tuple[Tensor, Tensor, Tensor]:
+        """Images of the buffer, their labels, and the logits that they were stored with."""
+        items = [self.buffer.items[i] for i in sample(self.buffer, number, rng=self.rng)]
+        images, labels, logits = zip(*items, strict=True)
+        return torch.stack(images), torch.tensor(labels), torch.stack(logits)
 
     def step(self, x, y):
         current, replayed = replay_weights(self.n)
         loss = self.heads.loss(self.solver(x), y, self.n)
         if self.buffer.items:
-            old = [self.buffer.items[i] for i in sample(self.buffer, len(x), rng=self.rng)]
-            x_old, y_old = torch.stack([image for image, _ in old]), torch.tensor([label for _, label in old])
-            loss = current * loss + replayed * self.heads.loss(self.solver(x_old), y_old, self.n)
+            x_old, y_old, _ = self.drawn(len(x))
+            of_labels = self.heads.loss(self.solver(x_old), y_old, self.n)
+            if self.arm == "der":  # on two draws (Buzzega et al. 2020, arXiv:2004.07211, eq. 6)
+                x_old, _, stored = self.drawn(len(x))
+                of_logits = F.mse_loss(self.solver(x_old), stored)
+                loss = loss + self.args.der_alpha * of_logits + self.args.der_beta * of_labels
+            else:
+                loss = current * loss + replayed * of_labels
         if self.penalty and self.n > 1:
             loss = loss + sum(self.penalty.penalty(dict(self.solver.named_parameters())))
         if self.teacher is not None:  # labels the current images (LwF, Li and Hoiem 2016, arXiv:1606.09282)
@@ -193,14 +213,30 @@ class Plain:
             self.penalty.consolidate(self.solver, self.x[:, None], self.surprise)
         if self.arm in ("lwf", "er_plus"):
             self.teacher = frozen(self.solver)
-        if self.arm in ("experience_replay", "er_plus"):
-            for image, label in zip(self.x, self.y.tolist(), strict=True):
-                add(self.buffer, (image.clone(), label), label=label, rng=self.rng)
+        if self.arm in REPLAYS:
+            with torch.no_grad():
+                logits = self.solver(self.x)
+            for item in zip(self.x.unbind(), self.y.tolist(), logits.unbind(), strict=True):
+                add(self.buffer, [item[0].clone(), item[1], item[2].clone()], label=item[1], rng=self.rng)
+        if self.arm in MERGES:
+            self.ends.append(self.weights())
+            self.solver.load_state_dict(self.merged())
+
+    def merged(self) -> dict[str, Tensor]:
+        """The weights that stand for all tasks so far."""
+        if self.arm == "merge":  # their mean; the next task starts from it
+            self.start = interpolate(self.start, self.ends.pop(), 1 / self.n)
+            return self.start
+        method = ties if self.arm == "ties" else task_arithmetic
+        return method(self.start, self.ends, self.args.merge_scale)
 
     def bytes_kept(self):
-        images = [self.x] if self.arm == "joint" else [image for image, _ in self.buffer.items]
+        images = [self.x] if self.arm == "joint" else [image for image, _, _ in self.buffer.items]
+        logits = [logits for _, _, logits in self.buffer.items] if self.arm == "der" else []
+        merged = [self.start, *self.ends] if self.arm in MERGES else []
         penalty = self.penalty.bytes_kept() if self.penalty else 0
-        return penalty + runner.size(self.teacher) + sum(image.nbytes for image in images)
+        tensors = [*images, *logits, *(tensor for weights in merged for tensor in weights.values())]
+        return penalty + runner.size(self.teacher) + sum(tensor.nbytes for tensor in tensors)
 
 
 GENERATIVE = {
@@ -213,7 +249,8 @@ GENERATIVE = {
     "mixture": Kind(components=10),
     "conv_vae": Kind(generator="conv_vae"),
 }
-ARMS = ("naive", *GENERATIVE, "experience_replay", "lwf", "ewc", "online_ewc", "er_plus", "joint")
+PENALTIES = ("lwf", "ewc", "online_ewc", "cpo", "er_plus")
+ARMS = ("naive", *GENERATIVE, "experience_replay", "der", *PENALTIES, *MERGES, "joint")
 
 
 @dataclass(kw_only=True)
@@ -237,10 +274,18 @@ class Args(runner.Flags):
     """learning rate of the generator (Adam)"""
     ewc_lambda: Weight = 1e4
     """weight of the penalty of ewc and online_ewc"""
+    cpo_lambda: Weight = 1e-2
+    """weight of the penalty of cpo"""
     er_plus_lambda: Weight = 1.0
     """er_plus: weight of EWC's penalty beside replay"""
     lwf_coef: Weight = 0.01
     """er_plus: weight of the distillation of the old solver's answers to current images"""
+    der_alpha: Weight = 0.5
+    """der: weight of the distance to stored logits"""
+    der_beta: Weight = 0.5
+    """der: weight of stored labels"""
+    merge_scale: Positive = 1.0
+    """task_arithmetic and ties: weight of the task vectors"""
 
 
 def split_tasks(x, y, seed) -> list[tuple]:

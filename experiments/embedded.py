@@ -48,10 +48,14 @@ ARMS = {  # --cl_algorithm, and flags of train.py
     "lars": f"{SMALL} --buffer_policy lars",
     "labrs": f"{SMALL} --buffer_policy labrs",
     "generative": "generative_replay",
+    "distillation": "distillation --distill_coef 0.3",
+    "der": "der --distill_coef 0.3",
     "ewc": "ewc --ewc_lambda 0.1",
     "online_ewc": "online_ewc --ewc_lambda 0.1",
+    "cpo": "cpo --ewc_lambda 0.001",
     "lwf": "lwf --lwf_coef 0.003",
     "er_plus": "replay --ewc_lambda 0.1 --lwf_coef 0.003",
+    "merge": "merge --merge_alpha 0.8",
     **{f"only_{domain}": f"sequential --task_order {domain}" for domain in DOMAINS},  # references of intransigence
 }
 ORDERED = ("sequential", "replay")  # arms that are also run in the other orders of the domains

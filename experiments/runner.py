@@ -28,7 +28,7 @@ from tqdm import tqdm
 from comparison import holm, sign_flip_test
 from distributed import write_json, write_text
 from flags import Few, Seed, checked, one_line
-from regularize import EWC, OnlineEWC
+from regularize import CPO, EWC, OnlineEWC
 from report import interval
 from text import printable
 
@@ -59,6 +59,8 @@ class Flags:
 
 def of_arm(arm, args) -> EWC | None:
     """The penalty of an arm of the supervised experiments, if it has one."""
+    if arm == "cpo":
+        return CPO(args.cpo_lambda)
     if arm == "online_ewc":
         return OnlineEWC(args.ewc_lambda, EWC_DECAY)
     weights = {"ewc": args.ewc_lambda, "er_plus": args.er_plus_lambda}
