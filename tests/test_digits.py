@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_generative import shown_to
 from torch import nn
+from torch.nn import functional as F
 
 from experiments import digits
 from experiments.digits import Args, GenerativeReplay, Heads, Kind
@@ -166,6 +167,61 @@ def test_penalties_change_the_tasks_behind_the_first_unless_their_weight_is_0(sc
     assert size == 4 * (64 * 100 + 100 + 100 * 100 + 100 + 101 * (2 if scenario == "domain" else 10))
 
 
+def learner_of(arm, **settings):
+    torch.manual_seed(0)
+    return digits.Plain(arm, nn.Linear(64, 10), Heads("class"), Args(**settings), np.random.default_rng(0))
+
+
+IMAGES, LABELS = torch.rand(6, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 1, 1, 0])
+
+
+def test_der_keeps_logits_and_pulls_them_back_on_two_draws():
+    learner = learner_of("der", der_alpha=0.3, der_beta=0.7)
+    learner.begin_task(IMAGES, LABELS)
+    learner.step(IMAGES, LABELS)
+    learner.end_task()
+    for image, label, logits in learner.buffer.items:
+        torch.testing.assert_close(logits, learner.solver(image))
+        assert label == LABELS[(image == IMAGES).all(1)].item()
+    assert learner.bytes_kept() == 6 * 4 * (64 + 10)
+    draws = [(IMAGES[:2], LABELS[:2], torch.randn(2, 10)), (IMAGES[3:5], LABELS[3:5], torch.randn(2, 10))]
+    learner.begin_task(IMAGES, LABELS + 2)
+    solver = nn.Linear(64, 10)
+    solver.load_state_dict(learner.solver.state_dict())
+    expected = F.cross_entropy(solver(IMAGES)[:, :4], LABELS + 2)
+    expected = expected + 0.7 * F.cross_entropy(solver(draws[0][0])[:, :4], draws[0][1])
+    expected = expected + 0.3 * (solver(draws[1][0]) - draws[1][2]).square().mean()
+    expected.backward()
+    left = iter(draws)
+    learner.drawn = lambda number: next(left)
+    learner.step(IMAGES, LABELS + 2)
+    for p, q in zip(learner.solver.parameters(), solver.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize(
+    "arm, scale, merged", [("merge", 1.0, 2.0), ("task_arithmetic", 0.5, 2.0), ("ties", 1.0, 2.0), ("ties", 0.5, 1.0)]
+)
+def test_merges_of_two_tasks_are_those_of_merge_py(arm, scale, merged):
+    """From weights of 0; the first task ends with weights of 1, the second with 3."""
+    learner = learner_of(arm, merge_scale=scale)
+
+    def fill(value):
+        for p in learner.solver.parameters():
+            p.data.fill_(value)
+
+    fill(0.0)
+    learner.start = learner.weights()
+    for end in (1.0, 3.0):
+        learner.begin_task(IMAGES, LABELS)
+        first = learner.solver.weight.flatten()[0].item()
+        assert first == (1.0 if arm == "merge" and end == 3.0 else 0.0)  # the others start each task anew
+        fill(end)
+        learner.end_task()
+    assert all((p == merged).all() for p in learner.solver.parameters())
+    assert learner.bytes_kept() == 4 * 650 * (1 if arm == "merge" else 3)
+
+
 @pytest.mark.parametrize(
     "scenario, competing", [("class", slice(0, 6)), ("task", slice(4, 6)), ("domain", slice(0, 2))]
 )
@@ -183,11 +239,12 @@ def test_the_fisher_information_is_of_labels_that_compete(scenario, competing):
 
 
 def test_the_experiment_writes_its_table_and_pictures(tmp_path):
-    flags = f"--iterations 3 --seeds 0 --scenarios task --workers 2 --output {tmp_path}"
+    arms = ["naive", "conv_vae", "experience_replay", "cpo", "joint"]
+    flags = f"--iterations 3 --seeds 0 --scenarios task --workers 2 --output {tmp_path} --arms {' '.join(arms)}"
     command = [sys.executable, "experiments/digits.py", *flags.split()]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert shown.returncode == 0, shown.stderr
-    assert "Warning" not in shown.stderr and shown.stdout.count("\n| ") >= len(digits.ARMS)
+    assert "Warning" not in shown.stderr and shown.stdout.count("\n| ") == len(arms)
     for name in ("samples.png", "accuracy.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     result = json.loads((tmp_path / "results" / "task_conv_vae_0.json").read_text())
