@@ -72,9 +72,10 @@ def size(model) -> int:
     return sum(value.nbytes for value in model.state_dict().values()) if model is not None else 0
 
 
-def start_worker(threads):
-    """Gives a worker its share of the cores. It ends when the main process dies."""
-    torch.set_num_threads(threads)
+def start_worker():
+    """A worker has one thread: on a busy machine, threads that wait for each other are dozens of times slower. It ends
+    when the main process dies."""
+    torch.set_num_threads(1)
 
     def end_with_parent():
         parent_process().join()
@@ -132,7 +133,7 @@ def run_jobs(args, function, jobs, prepare=None) -> list[dict]:
     workers = max(1, min(workers, len(todo)))  # all of them start with the first job
     # Workers inherit that Ctrl-C is ignored: it is for this process, which then stops them.
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (max(1, os.cpu_count() // workers),))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
     futures = [pool.submit(run_job, args, function, job, paths[job]) for job in todo]
     started = active_children()
     signal.signal(signal.SIGINT, on_ctrl_c)
