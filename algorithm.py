@@ -88,7 +88,8 @@ class CLAlgorithm:
         return True
 
     def needs_rewards(self, domain: str) -> bool:
-        """Whether this step's conversations of a domain need rewards. Those without one have no policy gradient."""
+        """Whether this step's conversations of a domain need rewards; an algorithm that says no decides. Those without
+        one have no policy gradient."""
         return True
 
     def augment_batch(self, new_tasks: list[TaskRef], current_domain: str) -> list[TaskRef]:

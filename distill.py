@@ -1,7 +1,7 @@
 """Distillation of what the policy was: on-policy distillation of old domains, DER++, and their divergences.
 
     python train.py --cl_algorithm distillation     old tasks are played again; each domain's last policy corrects them
-    python train.py --cl_algorithm der              stored conversations keep the distributions they were sampled from
+    python train.py --cl_algorithm der --replay_kind trajectories      stored conversations keep their distributions
 
 Data flow: policy.snapshot of a teacher -> distillation -> KL of its distributions and the policy's, exact over the
 vocabulary (LwF and generative replay, too); or sampled tokens -> top_logprobs, in the buffer -> coarse_kl.
@@ -61,6 +61,8 @@ def distillation_kl(model, ids_B_T, mask_B_T, head, teacher_NH, temperature=1.0,
 
 def distillation(model, teacher, rows, **kind):
     """Yields the `distillation_kl` of each (ids, mask) of `rows`. teacher: a `policy.snapshot`."""
+    if not rows:  # with shards, on all ranks or on none, see algorithm.batches
+        return
     with policy.weights_of(model, teacher):
         head = policy.frozen_head(model)
         taught = [hidden_states(model, *row) for row in rows]
@@ -80,7 +82,7 @@ def top_logprobs(model, ids_B_T, mask_B_T, temperature=1.0, k=TOP) -> tuple[Tens
 
 
 def pack(logprobs_NK, ids_NK) -> str:
-    """As text for JSON, 8 bytes for each pair of numbers. See `unpack`."""
+    """As text for JSON, 11 bytes for each pair of numbers. See `unpack`."""
     pairs = torch.stack([logprobs_NK.float().view(torch.int32), ids_NK.int()])
     return base64.b64encode(pairs.cpu().numpy().tobytes()).decode()
 
@@ -111,11 +113,14 @@ class DistillationCL(ReplayCL):
     policy; distill_coef KL(policy || teacher), a mean over their sampled tokens and exact over the vocabulary, takes
     the place of the policy gradient. Their rewards are not computed.
 
-    The gradient is that of the KL at the sampled prefixes, not that of their distribution (as in GKD). In the warm
-    start old tasks are replayed as in `replay`: by their demonstrations."""
+    The gradient is that of the KL at the sampled prefixes, not that of their distribution (as in GKD). GKD averages
+    over the tokens of each sequence first; here every token counts the same. In the warm start old tasks are replayed
+    as in `replay`: by their demonstrations."""
 
     def __init__(self, *values, distill_coef=1.0, temperature=1.0, **kwargs):
-        super().__init__(*values, **{**kwargs, "replay_kind": "tasks"})
+        super().__init__(*values, **kwargs)
+        if self.flags.replay_kind != "tasks":
+            raise ValueError("distillation plays old tasks again: it needs --replay_kind tasks")
         self.distill_coef, self.temperature = distill_coef, temperature
         self.teachers = {}  # domain: policy.snapshot at its end
 
@@ -147,7 +152,7 @@ class DistillationCL(ReplayCL):
         return {**super().state_dict(), "taught": list(self.teachers)}
 
     def load_state_dict(self, state):
-        self.teachers = dict.fromkeys(state["taught"])
+        self.teachers = {domain: self.teachers.get(domain) for domain in state["taught"]}  # the rest: load_tensors
         super().load_state_dict({name: value for name, value in state.items() if name != "taught"})
 
     def tensors(self):
@@ -163,11 +168,17 @@ class DERPlusPlus(ReplayCL):
     sampled from; and clone_coef times cloning of the other (grpo.cloning_loss). Stored conversations have no policy
     gradient. The warm start draws successes only, which it imitates.
 
-    What differs: the paper has the squared distance of the logits, which for small distances the KL is, up to a factor
-    (their section 3.1); stored are the TOP likeliest tokens, and the others as one class."""
+    What differs from the paper:
+    - It has the squared distance of all logits, which treats likely and unlikely tokens alike. Here it is the KL, over
+      the TOP likeliest tokens and the others as one class.
+    - Its second term is the cross-entropy of every label; cloning has that of successful conversations only.
+    - It replays the current task, too; here earlier domains only.
+    The distributions are those of the trainer. A vLLM server that sampled may differ a little."""
 
     def __init__(self, *values, distill_coef=1.0, temperature=1.0, **kwargs):
-        super().__init__(*values, **{**kwargs, "replay_kind": "trajectories"})
+        super().__init__(*values, **kwargs)
+        if self.flags.replay_kind != "trajectories":
+            raise ValueError("der draws stored conversations: it needs --replay_kind trajectories")
         self.distill_coef, self.temperature = distill_coef, temperature
         self.taught = []  # the stored conversations of this step's first draw
 
@@ -178,6 +189,9 @@ class DERPlusPlus(ReplayCL):
         if self.trainer.phase == "grpo":
             self.keep_distributions(self.trainer)
         self.taught = super().augment_trajectories(new, current_domain)
+        counted = self.trainer.state["replayed"][self.trainer.phase]  # the loop counts the second draw
+        for t in self.taught:
+            counted[t.domain] = counted.get(t.domain, 0) + 1
         return [replace(t, advantage=None) for t in super().augment_trajectories(new, current_domain)]
 
     def keep_distributions(self, trainer):

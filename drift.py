@@ -6,7 +6,8 @@ Two laws of forgetting have been proposed: that it follows the forward KL(pi_0 |
 arXiv:2509.04259), and that it follows the drift on old tasks (arXiv:2607.04364). For each earlier policy (the one
 before any training, and each domain's last) and each domain so far, metrics.jsonl gets both divergences, exact over
 the vocabulary, as drift_forward/POLICY/DOMAIN and drift_reverse/POLICY/DOMAIN: means in nats over the agent's tokens
-in conversations of the domain's training. experiments/forgetting.py reads them.
+in conversations of the domain's training. Both are taken at the same prefixes, which all policies of that training
+have sampled: neither is the divergence of whole conversations. experiments/forgetting.py reads them.
 """
 
 from dataclasses import asdict, dataclass
@@ -36,21 +37,23 @@ class Flags:
 
 
 @torch.no_grad()
-def divergences(before_NH, head_before, now_NH, head_now, temperature=1.0) -> tuple[Tensor, Tensor]:
+def divergences(model, before_NH, head_before, now_NH, head_now, temperature=1.0) -> tuple[Tensor, Tensor]:
     """(KL(before || now), KL(now || before)), each (N,) in nats, of N distributions that are given by hidden states and
-    the head that they belong to."""
-    size = max(1, policy.CHUNK // head_now.weight.shape[0])
+    the head that they belong to. model: what they are computed like."""
+    size = max(1, policy.CHUNK // model.config.vocab_size)
     forward, reverse = [], []
     for before, now in zip(before_NH.split(size), now_NH.split(size), strict=True):
-        p = (head_before(before).float() / temperature).log_softmax(-1)
-        q = (head_now(now).float() / temperature).log_softmax(-1)
+        with policy.autocast(model):
+            logits = head_before(before).float(), head_now(now).float()
+        p, q = ((each / temperature).log_softmax(-1) for each in logits)
         forward.append(F.kl_div(q, p, reduction="none", log_target=True).sum(-1))
         reverse.append(F.kl_div(p, q, reduction="none", log_target=True).sum(-1))
     return torch.cat(forward), torch.cat(reverse)
 
 
 class Drift(CLAlgorithm):
-    """Logs `divergences` beside any algorithm. It keeps a copy of the trained parameters for each domain."""
+    """Logs `divergences` beside any algorithm. It keeps a copy of the trained parameters and a few conversations of
+    each domain, beside an algorithm that keeps no data, too."""
 
     Flags = Flags
     uses_trajectories = True
@@ -89,7 +92,7 @@ class Drift(CLAlgorithm):
             for domain in rows:
                 sums = {"tokens": 0, "forward": 0.0, "reverse": 0.0}
                 for pair in zip(before[domain], now[domain], strict=True):
-                    forward, reverse = divergences(pair[0], head_before, pair[1], head, self.temperature)
+                    forward, reverse = divergences(model, pair[0], head_before, pair[1], head, self.temperature)
                     sums["tokens"] += len(forward)
                     sums["forward"] += forward.sum().item()
                     sums["reverse"] += reverse.sum().item()
@@ -114,7 +117,7 @@ class Drift(CLAlgorithm):
 
     def load_state_dict(self, state):
         self.kept = {domain: replay.Buffer(**buffer) for domain, buffer in state["kept"].items()}
-        self.ends = dict.fromkeys(state["ends"])
+        self.ends = {domain: self.ends.get(domain) for domain in state["ends"]}  # the rest: load_tensors
         self.rng.bit_generator.state = state["rng"]
 
     def tensors(self):

@@ -85,7 +85,7 @@ def score_and_record(episode, trajectory, evaluation_type="all", scored=True) ->
         **{name: getattr(trajectory, name) for name in ("domain", "task_id", "termination", "error", "truncated")},
         "reward": trajectory.reward if trajectory.valid and scored else None,
         "reward_parts": parts,
-        "tool_accuracy": oracle.tool_accuracy(episode),
+        "tool_accuracy": oracle.tool_accuracy(episode) if scored else None,
         "tokens": sum(trajectory.action_mask),
         "turns": episode.turns,
         "tool_calls": episode.calls,
@@ -325,9 +325,9 @@ def complete(args: Args) -> tuple[Args, dict, dict]:
         settings[name] = settings[name] and without_secrets(settings[name])
     cut = (args.max_tasks, config["train_split"], config["seed"])
     tasks = {domain: oracle.load_tasks(domain, args.split, *cut) for domain in args.domains}
-    for domain in tasks:  # of a variant: the tasks of its original
-        wanted = chosen.get(variants.original(domain), [task.id for task in tasks[domain]])
-        tasks[domain] = [task for task in tasks[domain] if task.id in wanted]
+    for domain in tasks:
+        wanted = chosen.get(domain) or chosen.get(variants.original(domain))  # of a variant: those of its original
+        tasks[domain] = [task for task in tasks[domain] if wanted is None or task.id in wanted]
     return args, settings, tasks
 
 

@@ -446,10 +446,10 @@ def token_logprobs(model, ids_B_T, attention_mask_B_T, temperature=1.0, mask_B_T
 @torch.no_grad()
 def frozen_head(model) -> nn.Module:
     """The projection on the vocabulary, to keep beside hidden states (`distill.hidden_states`): itself if it is not
-    trained, else a copy, whole on every rank."""
+    trained and not sharded, else a copy, whole on every rank."""
     trained_parameters(model)  # reshards
     head = model.get_output_embeddings()
-    if not any(p.requires_grad for p in head.parameters()):
+    if not any(p.requires_grad for p in head.parameters()) and not is_sharded(model):
         return head
     skeleton = model.__dict__.get("skeleton", model).get_output_embeddings()
     return _filled(skeleton, head.parameters(), model.compute_dtype)

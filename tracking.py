@@ -33,7 +33,7 @@ def step_metrics(trainer, records, clock) -> dict:
         "reward_by_domain": by_domain.mean().to_dict(),
         "pass_rate_by_domain": by_domain.agg(lambda rewards: (rewards >= trainer.args.pass_threshold).mean()).to_dict(),
         "tool_accuracy": float(accuracy.mean()) if len(accuracy) else None,
-        "zero_variance_groups": 1.0 - grpo.varied(scored).float().mean().item(),
+        "zero_variance_groups": 1.0 - grpo.varied(scored).float().mean().item() if len(scored) else 0.0,
         "replayed_groups": statistics.fmean(ref.domain not in trainer.domains for ref in trainer.refs_P),
         "replay_ratio": max(a.replay_ratio for a in trainer.algorithms),
         "turns": float(frame["turns"].mean()),

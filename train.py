@@ -262,7 +262,8 @@ def train(args: Args, algorithm: CLAlgorithm | None = None) -> dict:
                 for batch in trainer.batches:
                     inputs = {"ids_B_T": batch["ids"], "attention_mask_B_T": batch["attention_mask"]}
                     if phase == "warmup":
-                        loss = -policy.token_logprobs(model, **inputs, mask_B_T=batch["mask"]).sum() / counts["tokens"]
+                        tokens = counts["new_tokens"] + counts["replayed_tokens"]
+                        loss = -policy.token_logprobs(model, **inputs, mask_B_T=batch["mask"]).sum() / tokens
                         stats.append({"loss": loss.item()})
                     else:
                         inputs.update(temperature=args.temperature, mask_B_T=batch["mask"], return_entropy=True)

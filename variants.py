@@ -1,12 +1,12 @@
 """Variants of a domain, to tell what is learnt from what is memorised: its tasks with other names, ids, phone numbers.
 
     python oracle.py --domain airline~1 --task 27                    the first variant of a task
-    python eval.py --model_name_or_path MODEL --domains airline~1    DOMAIN~SEED may stand wherever a domain does
+    python eval.py --model_name_or_path MODEL --domains airline~1    airline, retail, telecom: DOMAIN~SEED is a variant
 
 Data flow: the domain's databases -> renaming(seed), {old text: new text} -> the same databases and tasks, rewritten.
 Database, gold actions, the user's story and the start of each task change together, so the gold actions of a variant
 pass, and those of the original fail where they name something (tests/test_variants.py has both by tau2's evaluator).
-Prices, dates and what is asked for stay.
+Prices, dates and what is asked for stay; so does an email address in a story that is in no database.
 """
 
 import functools
@@ -28,7 +28,7 @@ NAMES = ("first_name", "last_name", "full_name")
 def register(name: str) -> bool:
     """Registers the domain DOMAIN~SEED with tau2. False if this is no such name, or tau2 has no DOMAIN."""
     found = NAME.fullmatch(name)
-    if not found or found["domain"] not in registry.get_domains():
+    if not found or not (found["domain"] in registry.get_domains() or register(found["domain"])):
         return False
     domain, seed = found["domain"], int(found["seed"])
     registry.register_domain(functools.partial(environment_of, domain, seed), name)
@@ -81,7 +81,8 @@ def rewritten(value, names):
 @functools.cache
 def renaming(domain, seed) -> dict[str, str]:
     """{old: new} of the people's names, and of the ids, phone numbers and email addresses, in the domain's databases.
-    Names trade places; no one keeps theirs. Digits of an id, or all signs of a code such as 4WQ150, are drawn anew."""
+    Names trade places; no one keeps theirs. Digits of an id are drawn anew, and the capitals of a code without three
+    digits in a row, such as NQNU5R."""
     env, rng = registry.get_env_constructor(domain)(), np.random.default_rng([seed, *domain.encode()])
     databases = [kit.db.model_dump() for kit in (env.tools, env.user_tools) if kit is not None and kit.db is not None]
     people, ids = set(), set()
@@ -98,6 +99,8 @@ def renaming(domain, seed) -> dict[str, str]:
             new = redrawn(renamed, rng)
         taken.add(new)
         names[old] = new
+        if old.startswith("#"):  # some stories leave it out
+            names[old[1:]] = new[1:]
     return {old: new for old, new in names.items() if old != new}
 
 

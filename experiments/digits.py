@@ -171,6 +171,7 @@ class Plain:
         self.x, self.y = x, y
         if self.arm in ("task_arithmetic", "ties"):
             self.solver.load_state_dict(self.start)
+            self.optimizer = torch.optim.Adam(self.solver.parameters(), LEARNING_RATE)
 
     def drawn(self, number) -> tuple[Tensor, Tensor, Tensor]:
         """Images of the buffer, their labels, and the logits that they were stored with."""
@@ -184,7 +185,7 @@ class Plain:
         if self.buffer.items:
             x_old, y_old, _ = self.drawn(len(x))
             of_labels = self.heads.loss(self.solver(x_old), y_old, self.n)
-            if self.arm == "der":  # on two draws (Buzzega et al. 2020, arXiv:2004.07211, eq. 6)
+            if self.arm == "der":  # on two draws (Buzzega et al. 2020, arXiv:2004.07211, eq. 6, with the end's logits)
                 x_old, _, stored = self.drawn(len(x))
                 of_logits = F.mse_loss(self.solver(x_old), stored)
                 loss = loss + self.args.der_alpha * of_logits + self.args.der_beta * of_labels

@@ -1,11 +1,12 @@
 """The law of forgetting: which drift of the policy does forgetting follow, and how?
 
-    python experiments/forgetting.py --runs runs/embedded/*_seed*      runs that were made with --drift_every
+    python experiments/forgetting.py --runs runs/embedded/*_seed*/      runs that were made with --drift_every
 
-A point is a domain that was trained after another one, in one run: what the old domain lost in that time, against how
-far the policy moved, as forward and reverse KL, on the new domain's conversations and on the old one's. For each of
-these four drifts: R^2 of a line and of a parabola through the origin, and the rank correlation, with intervals from a
-bootstrap over runs. Results are table.md, points.csv and forgetting.png.
+A point is a domain that was trained after others, in one run: what the old domains lost in that time, against how far
+the policy moved, as forward and reverse KL (see drift.py), on the new domain's conversations and on the old ones'. Old
+domains that had nothing to lose do not count. For each of these four drifts: R^2 of a line and of a parabola through
+the origin, and the rank correlation, with intervals from a bootstrap over seeds. Runs of one seed begin alike. The
+arms are those that were chosen; other arms may follow another law. Results are table.md, points.csv and forgetting.png.
 """
 
 import sys
@@ -24,6 +25,8 @@ from experiments import runner
 from report import read_jsonl, read_summary
 
 RESAMPLES = 1000
+LEAST = 0.25  # mean reward of an old domain that can be lost
+FEWEST = 3  # seeds
 DRIFTS = {  # of the policy while the new domain was trained
     "forward KL, new domain": "forward new",
     "reverse KL, new domain": "reverse new",
@@ -43,8 +46,8 @@ class Args:
 
 
 def points_of(run) -> list[dict]:
-    """A run's points: an old domain, a later one, and the drift between the two ends. Raises ValueError for a run that
-    has not logged its drift. A run of one domain, or of all at once, has none."""
+    """A run's points: a domain, and means over the old ones that had something to lose. Raises ValueError for a run
+    that has not logged its drift. A run of one domain, or of all at once, has none."""
     summary = read_summary(Path(run))
     order, R = summary["task_order"], np.array(summary["R"])
     if summary["stages"] != order:
@@ -54,14 +57,16 @@ def points_of(run) -> list[dict]:
         raise ValueError(f"{run} has not logged its drift: make it with train.py --drift_every 8")
     found = []
     for k in range(1, len(order)):
-        for j in range(k):
-            drifts = {
-                f"{kind} {name}": ends[k][f"drift_{kind}/{order[k - 1]}/{domain}"]
-                for kind in ("forward", "reverse")
-                for name, domain in (("new", order[k]), ("old", order[j]))
-            }
-            about = {"run": str(run), "old": order[j], "new": order[k], "before": R[k - 1, j]}
-            found.append({**about, "forgotten": R[k - 1, j] - R[k, j], **drifts})
+        old = [j for j in range(k) if R[k - 1, j] >= LEAST]
+        if not old:
+            continue
+        drifts = {}
+        for kind in ("forward", "reverse"):
+            name = f"drift_{kind}/{order[k - 1]}"
+            drifts[f"{kind} new"] = ends[k][f"{name}/{order[k]}"]
+            drifts[f"{kind} old"] = np.mean([ends[k][f"{name}/{order[j]}"] for j in old])
+        forgotten = np.mean([R[k - 1, j] - R[k, j] for j in old])
+        found.append({"run": str(run), "seed": summary["seed"], "new": order[k], "forgotten": forgotten, **drifts})
     return found
 
 
@@ -72,15 +77,15 @@ def fitted(x, y, degree) -> np.ndarray:
 
 
 def r_squared(x, y, degree) -> float:
-    """The share of the variance of y that `fitted` explains."""
+    """1 - the sum of squares that `fitted` leaves, over that around the mean. Below 0 it is worse than the mean."""
     powers = np.stack([x**k for k in range(1, degree + 1)], 1)
     rest = y - powers @ fitted(x, y, degree)
     return 1 - (rest**2).sum() / ((y - y.mean()) ** 2).sum()
 
 
-def over_runs(points, statistic, seed=0) -> tuple[float, float, float]:
-    """(statistic(points), its 95% interval from a bootstrap over runs, whose points stay together)."""
-    places = list(points.reset_index(drop=True).groupby(points.run.to_numpy()).indices.values())
+def over_seeds(points, statistic, seed=0) -> tuple[float, float, float]:
+    """(statistic(points), its 95% interval from a bootstrap over seeds, whose points stay together)."""
+    places = list(points.reset_index(drop=True).groupby("seed").indices.values())
     rng = np.random.default_rng(seed)
     drawn = []
     for _ in range(RESAMPLES):
@@ -108,7 +113,7 @@ def table_of(points) -> list[dict]:
             "rank correlation": lambda chosen, column=column: chosen[column].corr(chosen.forgotten, method="spearman"),
             "parabola, less the first": more(column),
         }
-        found = {name: over_runs(points, statistic) for name, statistic in statistics.items()}
+        found = {name: over_seeds(points, statistic) for name, statistic in statistics.items()}
         cells = {name: f"{value:.2f} [{low:.2f}, {high:.2f}]" for name, (value, low, high) in found.items()}
         rows.append({"drift": title, **cells})
     return rows
@@ -118,8 +123,11 @@ def run_experiment(args: Args):
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     chosen = {run: of_run for run in args.runs if (of_run := points_of(run))}
-    if len(chosen) < 2:
-        raise ValueError("a law needs two runs at least, of two domains or more in sequence")
+    seeds = {point["seed"] for of_run in chosen.values() for point in of_run}
+    if len(seeds) < FEWEST:
+        raise ValueError(
+            f"a law needs runs of {FEWEST} seeds at least, of several domains in sequence; got {len(seeds)}"
+        )
     arms, _ = name_arms([read_summary(Path(run)) for run in chosen])
     points = pd.DataFrame(
         [{"arm": arm, **point} for arm, of_run in zip(arms, chosen.values(), strict=True) for point in of_run]

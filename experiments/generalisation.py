@@ -8,6 +8,7 @@ gets 0. The others name nothing that the reward depends on. A run's result stays
 
 import functools
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from annotated_types import MinLen
 import eval as evaluation
 import oracle
 import policy
+import users
 import variants
 from comparison import name_arms
 from environment import all_tasks
@@ -68,9 +70,12 @@ def tells_apart(variant, task_id) -> bool:
 
 def evaluated(run: Path, args) -> dict:
     """{variant: {task id: mean reward}} of a run's last policy, of the tasks that count. Made once."""
-    path = run / "variants.json"
+    path, made = run / "variants.json", {"variants": args.variants, "trials": args.trials}
     if path.exists():
-        return json.loads(path.read_bytes())
+        result = json.loads(path.read_bytes())
+        if {name: result[name] for name in made} != made:
+            raise ValueError(f"{path} was made with other settings; remove it, and it will be made again")
+        return result["by_task"]
     settings = evaluation.read_run(run / "checkpoints" / "LAST")
     if not settings["eval_tasks"]:
         raise ValueError(f"{run} has no checkpoint to evaluate")
@@ -78,12 +83,14 @@ def evaluated(run: Path, args) -> dict:
     for domain, ids in settings["eval_tasks"].items():
         for variant in [f"{domain}~{seed}" for seed in range(1, args.variants + 1)]:
             tasks[variant] = [all_tasks(variant)[task_id] for task_id in ids if tells_apart(variant, task_id)]
+    tasks = {variant: chosen for variant, chosen in tasks.items() if chosen}
+    users.prepare(settings["user"], os.environ.get("OPENAI_BASE_URL"), model_dtype=settings["model_dtype"])
     model, tokenizer = policy.load_policy(str(run / "checkpoints" / "LAST"), settings["model_dtype"])
     about = {name: settings[name] for name in ("user", "max_turns", "evaluation_type", "pass_threshold")}
     sampling = {name: settings[name] for name in ("temperature", "max_new_tokens", *evaluation.LIMITS)}
     found = evaluation.evaluate_tasks(model, tokenizer, tasks, args.trials, label=run.name, **about, **sampling)
     result = {variant: values["by_task"] for variant, values in found.items()}
-    distributed.write_json(path, result)
+    distributed.write_json(path, {**made, "by_task": result})
     return result
 
 

@@ -95,8 +95,9 @@ def weights(trainer) -> torch.Tensor:
     return torch.cat([policy.whole(p.detach()).flatten().clone() for p in parameters])
 
 
-def play(trainer, order=(0, 1, 2, 3), rewards=REWARDS, trajectories=None, steps=1) -> list[dict]:
-    """Runs GRPO steps of train.train on the conversations of the tasks in `order`. Returns the log."""
+def play(trainer, order=(0, 1, 2, 3), rewards=REWARDS, trajectories=None, steps=1, phase="grpo") -> list[dict]:
+    """Runs steps of train.train on the conversations of the tasks in `order`. Returns the log. In the warm start, the
+    demonstration of a task is the first of its conversations."""
     trajectories, logged = trajectories or conversations(), []
 
     def score_and_record(episode, t, evaluation_type, scored):
@@ -116,7 +117,8 @@ def play(trainer, order=(0, 1, 2, 3), rewards=REWARDS, trajectories=None, steps=
         (run, "finish"): lambda trainer: None,
         (run, "log"): lambda trainer, record: logged.append(record),
         (run, "append_jsonl"): lambda *args: None,
-        (train, "schedule"): lambda *args: [(0, "grpo", step) for step in range(steps)],
+        (train, "schedule"): lambda *args: [(0, phase, step) for step in range(steps)],
+        (run, "demonstration"): lambda args, tokenizer, domain, task: trajectories[3 * int(task.id)],
         (oracle, "sample_tasks"): lambda tasks, *args: [tasks[k] for k in order],
         (oracle, "Episode"): lambda domain, task, *args: task,
         (rollout, "rollout"): rollouts,

@@ -10,12 +10,17 @@ from law import apart, assert_equal_runs, conversations, gradient, law_trainer, 
 from ranks import on_two_ranks
 from test_checkpoint import resume, stopped_run
 
+import checkpoint
 import distill
 import eval as evaluation
 import oracle
 import policy
 import report
+import run
+import server
 from distill import DERPlusPlus, DistillationCL, coarse_kl, distillation, pack, top_logprobs, unpack
+from distributed import StopRun
+from drift import Drift
 from replay import TrajectoryBuffer
 
 IDS = torch.tensor([[5, 17, 40, 8], [9, 3, 22, 0]])
@@ -174,7 +179,7 @@ def der_step(shard=False, clone_coef=0.0):
     """A stored conversation of airline from another policy, beside a new one whose rewards do not vary."""
     trainer = law_trainer(shard=shard, clone_coef=clone_coef, **BACKWARDS)
     flags = {"replay_ratio": 0.5, "min_buffer_size": 1, "clone_coef": clone_coef}
-    algorithm = DERPlusPlus(distill_coef=3.0, **flags)
+    algorithm = DERPlusPlus(distill_coef=3.0, replay_kind="trajectories", **flags)
     use(trainer, algorithm)
     trainer.trajectory_buffer = TrajectoryBuffer()
     played = conversations()
@@ -245,6 +250,28 @@ def test_ranks_and_shards_do_not_matter(tmp_path):
         assert apart(step, 2 * weights) < 1e-5 and extra == pytest.approx(weights.square().sum().item(), rel=1e-4)
 
 
+def test_a_server_that_fails_costs_no_teacher(monkeypatch):
+    """The run is saved as it was at the beginning of the step, with the teachers of then."""
+    trainer = law_trainer(task_order=["retail", "airline"])
+    trainer.args.rollout_engine, saved = "vllm", []
+    algorithms = [DistillationCL(), Drift(drift_every=1)]
+    use(trainer, *algorithms)
+    teacher = policy.snapshot(moved(tiny()[0]))
+    algorithms[0].teachers, algorithms[1].ends = {"airline": teacher}, {"airline": teacher}
+    monkeypatch.setattr(checkpoint, "save", lambda trainer: saved.extend(a.tensors() for a in trainer.algorithms))
+    with pytest.raises(StopRun), run.saved_before(trainer, run.drawn(trainer)):
+        raise server.ServerFailed("gone")
+    for tensors in saved:
+        assert all(torch.equal(tensors[f"0/{name}"], teacher[name]) for name in teacher)
+    assert len(saved) == 2
+
+
+@pytest.mark.parametrize("kind, other", [(DistillationCL, "trajectories"), (DERPlusPlus, "tasks")])
+def test_the_other_kind_of_replay_is_refused(kind, other):
+    with pytest.raises(ValueError, match="needs --replay_kind"):
+        kind(replay_kind=other)
+
+
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -265,7 +292,7 @@ def test_no_evaluator_is_called_for_old_tasks(tmp_path, monkeypatch):
     records = report.read_jsonl(tmp_path / "run" / "trajectories.jsonl")
     old = [r for r in records if r.get("replayed")]
     assert unscored == ["airline"] * len(old) and len(old) == 8
-    assert all(r["reward"] is None and not r["error"] and r["tokens"] for r in old)
+    assert all(r["reward"] is None and r["tool_accuracy"] is None and not r["error"] and r["tokens"] for r in old)
     steps = [r for r in report.read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "step"]
     assert all("extra_loss" in s and s["invalid"] == 0 for s in steps if s["domain"] == "telecom")
     assert summary["bytes_kept"] > 2 * 4 * 500_000  # two teachers
@@ -274,11 +301,12 @@ def test_no_evaluator_is_called_for_old_tasks(tmp_path, monkeypatch):
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     """For DistillationCL see test_drift.py."""
-    flags = [*stopper(tmp_path, "distill", "DERPlusPlus"), "--replay_ratio", "0.5", "--distill_coef", "0.3"]
+    flags = [*stopper(tmp_path, "distill", "DERPlusPlus"), "--replay_kind", "trajectories"]
+    flags += ["--replay_ratio", "0.5", "--distill_coef", "0.3"]
     whole = small_run(tmp_path, *flags, "--run_name", "whole")
     folder = stopped_run(tmp_path, monkeypatch, *flags, step=2)
     resume(folder)
     assert_equal_runs(tmp_path / "whole", folder)
-    assert whole["statistics"]["total_replay_samples"] > 0
+    assert whole["statistics"]["total_replay_samples"] == 2 * 2 * 4  # two draws in each of two steps
     buffer = json.loads((folder / "checkpoints" / "LAST" / "training" / "buffer.json").read_text())
     assert all(len(unpack(t["top"])[0]) == sum(t["action_mask"]) for t in buffer["buffers"]["airline"]["items"])

@@ -22,7 +22,7 @@ def test_divergences_are_those_of_whole_distributions(chunk, monkeypatch):
     states = [torch.randn(4, 6, generator=rng) for _ in range(2)]
     logits = [copy.deepcopy(head).double()(state.double()) / 0.5 for head, state in zip(heads, states, strict=True)]
     p, q = (torch.distributions.Categorical(logits=each) for each in logits)
-    forward, reverse = divergences(states[0], heads[0], states[1], heads[1], temperature=0.5)
+    forward, reverse = divergences(tiny()[0], states[0], heads[0], states[1], heads[1], temperature=0.5)
     kl = torch.distributions.kl_divergence
     torch.testing.assert_close(forward.double(), kl(p, q), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(reverse.double(), kl(q, p), rtol=1e-4, atol=1e-6)
@@ -39,12 +39,17 @@ def written_out(before, now, items):
     return torch.stack(terms).mean(0).tolist()
 
 
-def measured(shard=False):
+def measured(shard=False, model=None):
     """The drift since two policies on two domains, the second of which is trained."""
-    trainer, algorithm = law_trainer(shard=shard, micro_batch_tokens=40), Drift(drift_every=1)
+    trainer, algorithm = law_trainer(shard=shard, micro_batch_tokens=40, model=model), Drift(drift_every=1)
     use(trainer, algorithm)
-    other = moved(tiny()[0]).state_dict()
-    algorithm.ends["airline"] = policy.snapshot_from(trainer.model, other.__getitem__)
+    if model is None:
+        other = moved(tiny()[0]).state_dict()
+        algorithm.ends["airline"] = policy.snapshot_from(trainer.model, other.__getitem__)
+    else:  # 1.5 times what is trained
+        if "lora_A" not in str(model):
+            trainer.initial = policy.snapshot(model)
+        algorithm.ends["airline"] = {name: 1.5 * p for name, p in policy.snapshot(trainer.model).items()}
     trainer.domain, played = "airline", conversations()
     for domain, part in (("airline", played[:4]), ("retail", played[4:9])):
         trainer.domain, trainer.trajectories = domain, part
@@ -65,13 +70,34 @@ def test_the_drift_is_logged_since_each_policy_on_each_domain():
             assert found[f"drift_{kind}/initial/{domain}"] == pytest.approx(0.0, abs=1e-6)
 
 
-def measured_on_a_rank():
-    return [measured(), measured(shard=True)]
+def with_adapters(base, shard=False):
+    """In bfloat16, with adapters that change something."""
+    model, _ = policy.load_policy(base, "bfloat16", "cpu", lora_rank=2)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in policy.trained_parameters(model).items():
+            p.copy_(torch.randn(p.shape, generator=rng) if "lora_B" in name else p)
+    return measured(shard, model)
+
+
+def measured_on_a_rank(base):
+    return [[measured(), measured(shard=True)], [with_adapters(base), with_adapters(base, shard=True)]]
 
 
 def test_ranks_and_shards_do_not_matter(tmp_path):
-    for found in on_two_ranks(measured_on_a_rank, tmp_path):
-        assert found == [pytest.approx(measured(), rel=1e-4, abs=1e-6)] * 2
+    base = str(tmp_path / "base")
+    policy.save_policy(*tiny(), base)
+    whole, adapted = measured(), with_adapters(base)
+    assert min(adapted.values()) > 1e-3 and len(adapted) == 8
+    for plain, lora in on_two_ranks(measured_on_a_rank, tmp_path, base):
+        assert plain == [pytest.approx(whole, rel=1e-4, abs=1e-6)] * 2
+        assert lora == [pytest.approx(adapted, rel=0.05)] * 2
+
+
+def test_weights_in_float32_that_are_computed_with_in_bfloat16():
+    """The types of a real model without adapters."""
+    exact, found = (measured(model=policy.load_policy("tiny", dtype, "cpu")[0]) for dtype in ("float32", "bfloat16"))
+    assert found == pytest.approx(exact, rel=0.1, abs=1e-3) and max(exact.values()) > 0.05
 
 
 def test_a_run_is_the_same_with_and_without(tmp_path):

@@ -47,17 +47,22 @@ def write_run(folder, seed, drift=lambda k, j: 0.1 * (k + j), R=R, **changes):
     return str(folder)
 
 
-def test_a_run_has_a_point_for_each_old_domain_and_later_one(tmp_path):
-    found = pd.DataFrame(forgetting.points_of(write_run(tmp_path / "run", 0)))
-    assert found[["old", "new"]].values.tolist() == [
-        ["airline", "retail"],
-        ["airline", "telecom"],
-        ["retail", "telecom"],
-    ]
-    assert found.forgotten.tolist() == pytest.approx([0.4, 0.3, 0.2])
-    assert found["forward new"].tolist() == pytest.approx([0.2, 0.4, 0.4])  # 0.1 (k + k)
-    assert found["forward old"].tolist() == pytest.approx([0.1, 0.2, 0.3])  # 0.1 (k + j)
-    assert found["reverse old"].tolist() == [10.0, 11.0, 12.0]
+def test_a_run_has_a_point_for_each_domain_after_the_first(tmp_path):
+    found = pd.DataFrame(forgetting.points_of(write_run(tmp_path / "run", 7)))
+    assert found[["new", "seed"]].values.tolist() == [["retail", 7], ["telecom", 7]]
+    assert found.forgotten.tolist() == pytest.approx([0.4, (0.3 + 0.2) / 2])
+    assert found["forward new"].tolist() == pytest.approx([0.2, 0.4])  # 0.1 (k + k)
+    assert found["forward old"].tolist() == pytest.approx([0.1, (0.2 + 0.3) / 2])  # 0.1 (k + j)
+    assert found["reverse old"].tolist() == pytest.approx([10.0, 11.5])
+
+
+def test_what_had_nothing_to_lose_does_not_count(tmp_path):
+    rows = [[0.9, 0.0, 0.0], [0.1, 0.8, 0.0], [0.0, 0.6, 0.7]]
+    found = forgetting.points_of(write_run(tmp_path / "run", 0, R=rows))
+    assert [point["forgotten"] for point in found] == pytest.approx([0.8, 0.2])  # airline was at 0.1
+    assert found[1]["forward old"] == pytest.approx(0.3)
+    rows = [[0.1, 0.0, 0.0], [0.1, 0.2, 0.0], [0.0, 0.0, 0.7]]
+    assert forgetting.points_of(write_run(tmp_path / "lost", 0, R=rows)) == []
 
 
 @pytest.mark.parametrize("degree", [1, 2])
@@ -72,22 +77,34 @@ def test_fits_go_through_the_origin(degree):
 
 
 def test_a_law_that_is_known_is_found(tmp_path, monkeypatch, capsys):
-    """Forgetting is 3 x^2 of the forward drift on the old domain, whatever the new one's."""
+    """Forgetting is 3 x^2 of the forward drift on the old domains, whatever the new one's."""
     rng, runs = np.random.default_rng(0), []
     for seed in range(6):
-        drifts = {(k, j): rng.random() * 0.5 for k in range(3) for j in range(3)}
-        rows = np.zeros((3, 3))
-        rows[0, 0] = rows[1, 1] = 1.0
-        rows[1, 0] = 1 - 3 * drifts[1, 0] ** 2
-        rows[2, :2] = rows[1, :2] - [3 * drifts[2, j] ** 2 for j in range(2)]
-        runs.append(write_run(tmp_path / f"run{seed}", seed, lambda k, j, d=drifts: d[k, j], rows.tolist()))
+        first, second = 0.4 * rng.random(2)
+        rows = np.ones((3, 3))
+        rows[1, 0] = 1 - 3 * first**2
+        rows[2, :2] = rows[1, :2] - 3 * second**2
+        drift = {(1, 0): first, (2, 0): second, (2, 1): second}
+        runs.append(
+            write_run(tmp_path / f"run{seed}", seed, lambda k, j, d=drift: d.get((k, j), rng.random()), rows.tolist())
+        )
     monkeypatch.setattr(forgetting, "RESAMPLES", 50)
     forgetting.run_experiment(forgetting.Args(runs=runs, output=str(tmp_path / "out")))
     rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert "1.00 [1.00, 1.00]" in rows["forward KL, old domain"]
     assert "1.00" not in rows["forward KL, new domain"]
-    assert len(pd.read_csv(tmp_path / "out" / "points.csv")) == 18
+    assert len(pd.read_csv(tmp_path / "out" / "points.csv")) == 12
     assert (tmp_path / "out" / "forgetting.png").stat().st_size > 10_000
+
+
+def test_the_interval_is_over_seeds():
+    """Runs of one seed stay together: copies of them do not narrow it."""
+    rng = np.random.default_rng(0)
+    points = pd.DataFrame({"seed": range(8), "forgotten": rng.random(8)})
+    several = pd.concat([points] * 5)
+    intervals = [forgetting.over_seeds(of, lambda chosen: chosen.forgotten.mean()) for of in (points, several)]
+    assert intervals[0] == pytest.approx(intervals[1])
+    assert intervals[0][1] < intervals[0][0] < intervals[0][2]
 
 
 def test_what_has_no_law_is_one_line(tmp_path, monkeypatch, capsys):
@@ -98,7 +115,7 @@ def test_what_has_no_law_is_one_line(tmp_path, monkeypatch, capsys):
         (tmp_path / "silent" / name).write_text((tmp_path / "run" / name).read_text().replace("drift_", "other_"))
     for runs, message in (
         ([tmp_path / "silent", run], "has not logged its drift"),
-        ([run, joint], "two runs at least"),
+        ([run, joint], "a law needs runs of 3 seeds at least, of several domains in sequence; got 1"),
         ([tmp_path / "nowhere"], "is not a finished run"),
     ):
         monkeypatch.setattr(sys, "argv", ["forgetting.py", "--runs", *map(str, runs), "--output", str(tmp_path / "o")])

@@ -302,6 +302,19 @@ def test_losses_of_algorithms_do_not_depend_on_ranks_or_shards(tmp_path):
         assert all(apart(step, lora) < 0.02 for step in found["lora"])  # bfloat16
 
 
+def test_the_warm_start_is_a_mean_over_all_demonstrated_tokens():
+    """Stored conversations count, whether or not they have an advantage."""
+    trainer = law_trainer()
+    use(trainer, Stored())
+    model = copy.deepcopy(trainer.model)
+    [found] = play(trainer, (0, 2), phase="warmup")
+    terms = []
+    for t in [conversations()[0], conversations()[6], *stored_conversations()]:
+        logprobs = model(torch.tensor([t.token_ids])).logits[0].log_softmax(-1)
+        terms += [logprobs[k - 1, t.token_ids[k]].item() for k, sampled in enumerate(t.action_mask) if sampled]
+    assert found["loss"] == pytest.approx(-sum(terms) / len(terms), rel=1e-5)
+
+
 def spoilt(trajectory):
     """A conversation whose ratio is not finite."""
     trajectory.logprobs = [math.nan] * len(trajectory.logprobs)
