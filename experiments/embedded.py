@@ -49,7 +49,7 @@ ARMS = {  # --cl_algorithm, and flags of train.py
     "labrs": f"{SMALL} --buffer_policy labrs",
     "generative": "generative_replay",
     "distillation": "distillation --distill_coef 0.3",
-    "der": "der --replay_kind trajectories --distill_coef 0.3",
+    "der": "der --replay_kind trajectories --distill_coef 0.1",
     "ewc": "ewc --ewc_lambda 0.1",
     "online_ewc": "online_ewc --ewc_lambda 0.1",
     "cpo": "cpo --ewc_lambda 0.001",
