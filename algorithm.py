@@ -15,15 +15,8 @@ import grpo
 from flags import checked
 from grpo import TaskRef, Trajectory
 
-LIBRARY = (
-    "algorithm",
-    "replay",
-    "regularize",
-    "distill",
-    "merge",
-    "generative",
-    "drift",
-)  # the modules of our own algorithms
+# The modules of our own algorithms.
+LIBRARY = ("algorithm", "replay", "regularize", "distill", "merge", "generative", "drift")
 HOOKS = re.compile(r"augment_\w+|\w+_hook|_sample_\w+")
 
 
@@ -45,9 +38,8 @@ class CLAlgorithm:
     .step, .phase ("warmup" or "grpo"), .tasks, .trajectory_buffer, .scores ({domain: mean reward} of the last
     evaluation), .run (the directory), and of this step: .refs_P and .rewards_P_G (tasks and rewards of all ranks; NaN:
     invalid or not needed), .sampled (this rank's new conversations), .trajectories (of all ranks, messages as JSON,
-    after the step), .replayed and .replayed_losses (stored conversations and
-    their losses), .batches (this rank's micro-batches, see grpo.collate). They may call
-    trainer.log_custom_metric(name, value).
+    after the step), .replayed and .replayed_losses (stored conversations and their losses), .batches (this rank's
+    micro-batches, see grpo.collate). They may call trainer.log_custom_metric(name, value).
     """
 
     Flags = NoFlags  # a dataclass: the flags of train.py that the constructor takes beside its own parameters

@@ -164,6 +164,7 @@ def test_penalties_beside_replay_survive_a_stop(tmp_path, monkeypatch, capsys):
     resume(folder)
     assert_equal_runs(tmp_path / "whole", folder)
     assert whole["statistics"]["tasks held"] == 2 and whole["statistics"]["total_replay_samples"] > 0
+    assert whole["statistics"]["replay_ratio"] == 0.4  # that of replay, not of the penalties
     assert set(whole["statistics"]["mean Fisher information"]) == {"airline", "telecom"}
 
 
