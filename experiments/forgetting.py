@@ -70,16 +70,19 @@ def points_of(run) -> list[dict]:
     return found
 
 
+def powers(x, degree) -> np.ndarray:
+    """x, ..., x^degree, as columns."""
+    return np.stack([x**k for k in range(1, degree + 1)], 1)
+
+
 def fitted(x, y, degree) -> np.ndarray:
     """The coefficients of x, ..., x^degree of the least-squares polynomial through the origin: no drift, no loss."""
-    powers = np.stack([x**k for k in range(1, degree + 1)], 1)
-    return np.linalg.lstsq(powers, y, rcond=None)[0]
+    return np.linalg.lstsq(powers(x, degree), y, rcond=None)[0]
 
 
 def r_squared(x, y, degree) -> float:
     """1 - the sum of squares that `fitted` leaves, over that around the mean. Below 0 it is worse than the mean."""
-    powers = np.stack([x**k for k in range(1, degree + 1)], 1)
-    rest = y - powers @ fitted(x, y, degree)
+    rest = y - powers(x, degree) @ fitted(x, y, degree)
     return 1 - (rest**2).sum() / ((y - y.mean()) ** 2).sum()
 
 
@@ -120,8 +123,6 @@ def table_of(points) -> list[dict]:
 
 
 def run_experiment(args: Args):
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     chosen = {run: of_run for run in args.runs if (of_run := points_of(run))}
     seeds = {point["seed"] for of_run in chosen.values() for point in of_run}
     if len(seeds) < FEWEST:
@@ -132,6 +133,8 @@ def run_experiment(args: Args):
     points = pd.DataFrame(
         [{"arm": arm, **point} for arm, of_run in zip(arms, chosen.values(), strict=True) for point in of_run]
     )
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
     points.to_csv(output / "points.csv", index=False)
     with runner.picture(output / "forgetting.png", 2, 2, (7.2, 5.6), sharey=True) as panels:
         for axes, (title, column) in zip(panels, DRIFTS.items(), strict=True):
@@ -140,8 +143,7 @@ def run_experiment(args: Args):
             x, y = points[column].to_numpy(), points.forgotten.to_numpy()
             grid = np.linspace(0, x.max(), 100)
             for degree, style in ((1, ":"), (2, "-")):
-                powers = np.stack([grid**k for k in range(1, degree + 1)], 1)
-                axes.plot(grid, powers @ fitted(x, y, degree), style, color="0.3", linewidth=1)
+                axes.plot(grid, powers(grid, degree) @ fitted(x, y, degree), style, color="0.3", linewidth=1)
             axes.set(title=f"{title} (line {r_squared(x, y, 1):.2f}, parabola {r_squared(x, y, 2):.2f})", xlabel="nats")
         panels[0].set_ylabel("forgotten")
         panels[2].set_ylabel("forgotten")

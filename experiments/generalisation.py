@@ -106,8 +106,6 @@ def scores(run: Path, found) -> dict[str, tuple[float, float]]:
 
 
 def run_experiment(args: Args):
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     runs = [Path(run) for run in args.runs]
     summaries = [read_summary(run) for run in runs]
     found = [scores(run, evaluated(run, args)) for run in runs]
@@ -119,6 +117,8 @@ def run_experiment(args: Args):
             own, varied = zip(*[values[domain] for values in of_arm if domain in values], strict=True)
             cells = {"tasks": runner.cell(own), "their variants": runner.cell(varied)}
             rows.append({"algorithm": arm, "domain": domain, "seeds": str(len(own)), **cells})
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
     runner.show_table(rows, output)
 
 

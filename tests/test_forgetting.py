@@ -122,3 +122,4 @@ def test_what_has_no_law_is_one_line(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             forgetting.runner.run_command(forgetting.Args, forgetting.run_experiment)
         assert stop.value.code == 2 and message in capsys.readouterr().err
+        assert not (tmp_path / "o").exists()
