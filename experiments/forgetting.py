@@ -66,7 +66,8 @@ def points_of(run) -> list[dict]:
             drifts[f"{kind} new"] = ends[k][f"{name}/{order[k]}"]
             drifts[f"{kind} old"] = np.mean([ends[k][f"{name}/{order[j]}"] for j in old])
         forgotten = np.mean([R[k - 1, j] - R[k, j] for j in old])
-        found.append({"run": str(run), "seed": summary["seed"], "new": order[k], "forgotten": forgotten, **drifts})
+        names = {"run": str(run), "algorithm": summary["cl_algorithm"], "seed": summary["seed"], "new": order[k]}
+        found.append({**names, "forgotten": forgotten, **drifts})
     return found
 
 
@@ -123,28 +124,30 @@ def table_of(points) -> list[dict]:
 
 
 def run_experiment(args: Args):
-    chosen = {run: of_run for run in args.runs if (of_run := points_of(run))}
-    seeds = {point["seed"] for of_run in chosen.values() for point in of_run}
+    by_run = {run: of_run for run in args.runs if (of_run := points_of(run))}
+    seeds = {point["seed"] for of_run in by_run.values() for point in of_run}
     if len(seeds) < FEWEST:
         raise ValueError(
             f"a law needs runs of {FEWEST} seeds at least, of several domains in sequence; got {len(seeds)}"
         )
-    arms, _ = name_arms([read_summary(Path(run)) for run in chosen])
+    arms, _ = name_arms([read_summary(Path(run)) for run in by_run])
     points = pd.DataFrame(
-        [{"arm": arm, **point} for arm, of_run in zip(arms, chosen.values(), strict=True) for point in of_run]
+        [{"arm": arm, **point} for arm, of_run in zip(arms, by_run.values(), strict=True) for point in of_run]
     )
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     points.to_csv(output / "points.csv", index=False)
-    with runner.picture(output / "forgetting.png", 2, 2, (7.2, 5.6), sharey=True) as panels:
+    with runner.picture(output / "forgetting.png", 2, 2, (7.2, 6), sharey=True) as panels:
         for axes, (title, column) in zip(panels, DRIFTS.items(), strict=True):
-            for arm, of_arm in points.groupby("arm", sort=False):
-                axes.plot(of_arm[column], of_arm.forgotten, ".", markersize=3, alpha=0.6, label=arm)
+            for k, (name, chosen) in enumerate(points.groupby("algorithm")):
+                marker = "." if k < 10 else "x"  # there are ten colours
+                axes.plot(chosen[column], chosen.forgotten, marker, markersize=3, alpha=0.6, label=name)
             x, y = points[column].to_numpy(), points.forgotten.to_numpy()
             grid = np.linspace(0, x.max(), 100)
             for degree, style in ((1, ":"), (2, "-")):
                 axes.plot(grid, powers(grid, degree) @ fitted(x, y, degree), style, color="0.3", linewidth=1)
-            axes.set(title=f"{title} (line {r_squared(x, y, 1):.2f}, parabola {r_squared(x, y, 2):.2f})", xlabel="nats")
+            laws = f"line {r_squared(x, y, 1):.2f}, parabola {r_squared(x, y, 2):.2f}"
+            axes.set(title=f"{title}\n$R^2$: {laws}", xlabel="nats")
         panels[0].set_ylabel("forgotten")
         panels[2].set_ylabel("forgotten")
     runner.show_table(table_of(points), output)
