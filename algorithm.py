@@ -102,7 +102,7 @@ class CLAlgorithm:
         return ()
 
     def post_step_hook(self, trainer, domain):
-        """After each optimiser step of GRPO."""
+        """At the end of each GRPO step, after all of its optimiser steps."""
 
     def post_task_hook(self, trainer, domain):
         """After a domain is finished and all domains are evaluated."""

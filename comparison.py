@@ -21,7 +21,9 @@ from metrics import bootstrap, cl_metrics
 from report import COLOURS, MARKERS, PLAIN, cell, interval, learning_curves, lifts, matrix, read_summary
 from text import markdown
 
-OF_A_RUN = ("cl_algorithm", "seed", "run_name", "resume", "runs_dir", "task_order")  # settings that make no arm
+# Settings that make no arm.
+OF_A_RUN = ("cl_algorithm", "seed", "run_name", "resume", "runs_dir", "task_order", "checkpoint_every", "drift_every")
+OF_A_RUN += ("tracker", "vllm_url", "vllm_timeout")
 LEVEL = 0.05  # of the tests
 MOST_FLIPS = 2**20  # of signs; with more, they are drawn
 TESTED = ("average", "forgetting")  # metrics that are tested against the baseline
@@ -191,7 +193,7 @@ def compare(runs, output, baseline=None) -> str:
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "comparison.md", text + "\n")
-    table.to_csv(output / "comparison.csv", index=False)
+    write_text(output / "comparison.csv", table.to_csv(index=False))
     for name, picture in pictures.items():
         picture.savefig(output / name)
     return text

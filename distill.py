@@ -146,7 +146,7 @@ class DistillationCL(ReplayCL):
         self.teachers[domain] = policy.snapshot(trainer.model)
 
     def bytes_kept(self):
-        return sum(p.nbytes for teacher in self.teachers.values() for p in teacher.values())
+        return len(self.teachers) * policy.snapshot_bytes(self.trainer.model)
 
     def state_dict(self):
         return {**super().state_dict(), "taught": list(self.teachers)}

@@ -223,7 +223,7 @@ class Args:
     api_base: str | None = None
     """address of an OpenAI-compatible server of the model"""
     domains: Annotated[list[str], MinLen(1)] = dataclasses.field(default_factory=lambda: list(oracle.DOMAINS))
-    """tau2's domains to evaluate on"""
+    """tau2's domains to evaluate on. airline~1 is a variant of airline, with other names and ids"""
     split: str | None = None
     """tau2's split. Default: as in the checkpoint's run, else test"""
     max_tasks: Count | None = None

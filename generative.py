@@ -404,8 +404,9 @@ class GenerativeReplayCL(CLAlgorithm):
     def bytes_kept(self):
         """Bytes of the generator and the frozen policy."""
         generator = self.rehearsal.old_generator
-        tensors = [*(generator.state_dict() if generator else {}).values(), *(self.teacher or {}).values()]
-        return sum(t.nbytes for t in tensors)
+        tensors = (generator.state_dict() if generator else {}).values()
+        teacher = 0 if self.teacher is None else policy.snapshot_bytes(self.trainer.model)
+        return teacher + sum(t.nbytes for t in tensors)
 
     def state_dict(self):
         mine = ("symbols", "draws", "steps", "generated", "history", "bytes_dropped")

@@ -119,6 +119,8 @@ class MergeCL(CLAlgorithm):
     def from_args(cls, args):
         if args.lora_rank and args.shard:
             raise ValueError("cl_algorithm merge needs whole LoRA adapters; leave out --shard")
+        if args.num_steps_per_task == 0:
+            raise ValueError("cl_algorithm merge merges at the end of a domain's GRPO: num_steps_per_task is 0")
         return super().from_args(args)
 
     def augment_batch(self, new_tasks, current_domain):
@@ -139,7 +141,7 @@ class MergeCL(CLAlgorithm):
             trainer.optimizer.state.clear()  # the moments are those of other factors
 
     def bytes_kept(self):
-        return sum(p.nbytes for p in (self.merged or {}).values())
+        return 0 if self.merged is None else policy.snapshot_bytes(self.trainer.model)
 
     def tensors(self):
         return {} if self.merged is None else policy.gathered_snapshot(self.trainer.model, self.merged)

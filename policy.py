@@ -316,6 +316,11 @@ def snapshot(model) -> dict[str, Tensor]:
     return {name: _local(p).to("cpu", copy=True) for name, p in trained_parameters(model).items()}
 
 
+def snapshot_bytes(model) -> int:
+    """Bytes of a snapshot, of all ranks together."""
+    return sum(p.nbytes for p in trained_parameters(model).values())
+
+
 @torch.no_grad()
 def restore(model, saved):
     """Gives the model the trained parameters of a snapshot."""

@@ -33,7 +33,7 @@ class Flags:
     """EWC and LwF, alone or beside any algorithm."""
 
     ewc_lambda: Weight | None = None
-    """add EWC with this weight. Default: none; 1 with ewc and online_ewc"""
+    """add EWC with this weight. Default: none; 1 with ewc, online_ewc and cpo"""
     lwf_coef: Weight | None = None
     """add LwF, the KL to the previous domain's policy, with this weight. Default: none; 0.01 with lwf"""
 
@@ -253,13 +253,14 @@ class LwF(CLAlgorithm):
         return {}
 
     def bytes_kept(self):
-        return sum(p.nbytes for p in (self.teacher or {}).values())
+        return 0 if self.teacher is None else policy.snapshot_bytes(self.trainer.model)
 
     def tensors(self):
         return {} if self.teacher is None else policy.gathered_snapshot(self.trainer.model, self.teacher)
 
     def load_tensors(self, file):
-        self.teacher = policy.snapshot_from(self.trainer.model, file.get_tensor)
+        if list(file.keys()):
+            self.teacher = policy.snapshot_from(self.trainer.model, file.get_tensor)
 
 
 def penalties(args, algorithm: CLAlgorithm) -> list[CLAlgorithm]:

@@ -414,6 +414,7 @@ class ReplayCL(CLAlgorithm):
 
     def augment_trajectories(self, new, current_domain):
         previous = self.previous_domains(current_domain)
+        self.drawn = []
         if self.flags.replay_kind != "trajectories" or not previous:
             return []
         buffer, warmup = self.trainer.trajectory_buffer, self.trainer.phase == "warmup"

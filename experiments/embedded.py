@@ -102,7 +102,7 @@ def keep_model(run: Path):
     """Removes what takes much room: conversations, and all of the checkpoints but the last model."""
     (run / "trajectories.jsonl").unlink(missing_ok=True)
     last = (run / "checkpoints" / "LAST").resolve()
-    for path in (*run.glob("checkpoints/[0-9]*"), last / "training"):
+    for path in (*run.resolve().glob("checkpoints/[0-9]*"), last / "training"):
         if path != last:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -124,7 +124,9 @@ def run_experiment(args: Args):
     others = {output / name: flags for name, flags in other_orders(args).items()} if args.orders else {}
     jobs = usual | others
     check_revisions(jobs)
-    waiting = [run for run in jobs if not (run / "summary.json").exists()]
+    waiting = [run for run in jobs if not (run / "report.md").exists()]  # the last file of a finished run
+    for run in jobs.keys() - set(waiting):  # the last command may have been stopped before it did so
+        keep_model(run)
     going, began, todo = {}, time.monotonic(), len(waiting)
     bar = tqdm(total=len(jobs), initial=len(jobs) - todo, bar_format="runs: {n}/{total} |{bar}|{postfix}")
     try:

@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 from annotated_types import MinLen
 
-from comparison import name_arms
+from comparison import group_runs
+from distributed import write_text
 from experiments import runner
 from report import read_jsonl, read_summary
 
@@ -47,18 +48,20 @@ class Args:
 
 def points_of(run) -> list[dict]:
     """A run's points: a domain, and means over the old ones that had something to lose. Raises ValueError for a run
-    that has not logged its drift. A run of one domain, or of all at once, has none."""
+    that has not logged its drift. A run of one domain, or of all at once, has none, nor has a domain without a usable
+    conversation."""
     summary = read_summary(Path(run))
     order, R = summary["task_order"], np.array(summary["R"])
     if summary["stages"] != order:
         return []
     ends = [r for r in read_jsonl(Path(run) / "metrics.jsonl") if r["kind"] == "transfer"]
-    if f"drift_forward/initial/{order[0]}" not in ends[0]:
+    if not any(name.startswith("drift_") for end in ends for name in end):
         raise ValueError(f"{run} has not logged its drift: make it with train.py --drift_every 8")
     found = []
     for k in range(1, len(order)):
-        old = [j for j in range(k) if R[k - 1, j] >= LEAST]
-        if not old:
+        measured = [name.rpartition("/")[2] for name in ends[k] if name.startswith(f"drift_forward/{order[k - 1]}/")]
+        old = [j for j in range(k) if R[k - 1, j] >= LEAST and order[j] in measured]
+        if not old or order[k] not in measured:
             continue
         drifts = {}
         for kind in ("forward", "reverse"):
@@ -130,13 +133,11 @@ def run_experiment(args: Args):
         raise ValueError(
             f"a law needs runs of {FEWEST} seeds at least, of several domains in sequence; got {len(seeds)}"
         )
-    arms, _ = name_arms([read_summary(Path(run)) for run in by_run])
-    points = pd.DataFrame(
-        [{"arm": arm, **point} for arm, of_run in zip(arms, by_run.values(), strict=True) for point in of_run]
-    )
+    arms = group_runs(by_run)[0].algorithm
+    points = pd.DataFrame([{"arm": arms[Path(run)], **point} for run, of_run in by_run.items() for point in of_run])
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    points.to_csv(output / "points.csv", index=False)
+    write_text(output / "points.csv", points.to_csv(index=False))
     with runner.picture(output / "forgetting.png", 2, 2, (7.2, 6), sharey=True) as panels:
         for axes, (title, column) in zip(panels, DRIFTS.items(), strict=True):
             for k, (name, chosen) in enumerate(points.groupby("algorithm")):

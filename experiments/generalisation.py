@@ -27,7 +27,7 @@ import oracle
 import policy
 import users
 import variants
-from comparison import name_arms
+from comparison import group_runs
 from environment import all_tasks
 from experiments import runner
 from flags import Few
@@ -63,9 +63,9 @@ def with_old_gold(variant, task) -> oracle.Episode:
 
 
 @functools.cache
-def tells_apart(variant, task_id) -> bool:
+def tells_apart(variant, task_id, evaluation_type) -> bool:
     """Whether who has memorised the original fails in the variant."""
-    return oracle.score(with_old_gold(variant, all_tasks(variant)[task_id])).reward < 1.0
+    return oracle.score(with_old_gold(variant, all_tasks(variant)[task_id]), evaluation_type).reward < 1.0
 
 
 def evaluated(run: Path, args) -> dict:
@@ -79,10 +79,10 @@ def evaluated(run: Path, args) -> dict:
     settings = evaluation.read_run(run / "checkpoints" / "LAST")
     if not settings["eval_tasks"]:
         raise ValueError(f"{run} has no checkpoint to evaluate")
-    tasks = {}
+    tasks, reward = {}, settings["evaluation_type"]
     for domain, ids in settings["eval_tasks"].items():
         for variant in [f"{domain}~{seed}" for seed in range(1, args.variants + 1)]:
-            tasks[variant] = [all_tasks(variant)[task_id] for task_id in ids if tells_apart(variant, task_id)]
+            tasks[variant] = [all_tasks(variant)[task_id] for task_id in ids if tells_apart(variant, task_id, reward)]
     tasks = {variant: chosen for variant, chosen in tasks.items() if chosen}
     users.prepare(settings["user"], os.environ.get("OPENAI_BASE_URL"), model_dtype=settings["model_dtype"])
     model, tokenizer = policy.load_policy(str(run / "checkpoints" / "LAST"), settings["model_dtype"])
@@ -95,24 +95,22 @@ def evaluated(run: Path, args) -> dict:
 
 
 def scores(run: Path, found) -> dict[str, tuple[float, float]]:
-    """{domain: (mean reward of its tasks, of their variants)}, of the tasks that count."""
+    """{domain: (mean reward of its tasks, of their variants)}, of the tasks that count and have a result in both."""
     trained = read_summary(run)["evaluation"]
     pairs = {}
     for variant, by_task in found.items():
         domain = variants.original(variant)
         known = trained[domain]["by_task"]
-        pairs.setdefault(domain, []).extend((known[task_id], mean) for task_id, mean in by_task.items())
+        pairs.setdefault(domain, []).extend((known[id], mean) for id, mean in by_task.items() if id in known)
     return {domain: tuple(np.mean(values, 0)) for domain, values in pairs.items() if values}
 
 
 def run_experiment(args: Args):
-    runs = [Path(run) for run in args.runs]
-    summaries = [read_summary(run) for run in runs]
-    found = [scores(run, evaluated(run, args)) for run in runs]
-    arms, _ = name_arms(summaries)
+    table, _ = group_runs(args.runs)
+    found = {run: scores(run, evaluated(run, args)) for run in table.index}
     rows = []
-    for arm in dict.fromkeys(arms):
-        of_arm = [values for values, name in zip(found, arms, strict=True) if name == arm]
+    for arm, runs in table.groupby("algorithm", sort=False):
+        of_arm = [found[run] for run in runs.index]
         for domain in dict.fromkeys(domain for values in of_arm for domain in values):
             own, varied = zip(*[values[domain] for values in of_arm if domain in values], strict=True)
             cells = {"tasks": runner.cell(own), "their variants": runner.cell(varied)}

@@ -26,7 +26,7 @@ from pydantic import AfterValidator
 from tqdm import tqdm
 
 from comparison import holm, sign_flip_test
-from distributed import write_json, write_text
+from distributed import StopRun, write_json, write_text
 from flags import Few, Seed, checked, one_line
 from regularize import CPO, EWC, OnlineEWC
 from report import interval
@@ -205,7 +205,7 @@ def run_command(settings, function):
     try:
         checked(settings, vars(args))
         function(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, StopRun) as error:
         code, line = 2, f"{Path(sys.argv[0]).name}: {one_line(error)}"
     except BrokenProcessPool as error:
         code, line = 1, f"{error}{goes_on}"

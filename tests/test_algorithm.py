@@ -1,9 +1,13 @@
 """algorithm.py: how an algorithm gets its flags, and classes of one's own."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from law import small_args, small_run, steps_of
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import algorithm
 import generative
@@ -96,6 +100,21 @@ def test_a_method_that_looks_like_a_hook_and_is_none_is_an_error_by_name(base, n
         algorithm.check_hooks(type("Own", (base,), {hook: lambda self: None})(*arguments))
     algorithm.check_hooks(base(*arguments))
     algorithm.check_hooks(type("Own", (replay.ReplayCL,), {"_sample_replay_tasks": lambda self: None})())
+
+
+@pytest.mark.parametrize("name", train.ALGORITHMS)
+def test_what_is_saved_before_a_domain_has_ended_is_loaded(name, tmp_path):
+    """It is nothing, of most algorithms."""
+    flags = {"der": "--replay_kind trajectories"}
+    args = small_args(tmp_path, "--cl_algorithm", name, *flags.get(name, "").split())
+    args.lwf_coef = None if name == "joint" else 1.0
+    first = algorithm.load_algorithm(name, train.ALGORITHMS, args)
+    for saved in (first, *regularize.penalties(args, first)):
+        saved.trainer = SimpleNamespace(model=torch.nn.Linear(1, 1))
+        save_file(saved.tensors(), tmp_path / "tensors")
+        with safe_open(tmp_path / "tensors", "pt") as file:
+            saved.load_state_dict(json.loads(json.dumps(saved.state_dict())))
+            saved.load_tensors(file)
 
 
 OWN = """

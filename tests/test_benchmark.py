@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train
-from experiments import benchmark, embedded
+from distributed import StopRun
+from experiments import benchmark, embedded, runner
 from policy import token_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +113,7 @@ arm, seed = run.name.split("_seed")
 config = dict(arm=arm)
 summary = {SUMMARY!r} | dict(cl_algorithm="replay", seed=int(seed), config=config, revision=about["revision"])
 (run / "summary.json").write_text(json.dumps(summary))
+(run / "report.md").write_text("")
 sys.exit(int(code.read_text()))
 """
     )
@@ -124,26 +126,27 @@ def arguments(run):
     return json.loads((run / "config.json").read_text())
 
 
-def test_every_arm_runs_once_and_is_compared(checkout, capsys):
-    args = embedded.Args(
-        arms=["replay", "high_reward"], seeds=[0, 3], orders=False, output=str(checkout / "out"), workers=2
-    )
+def test_every_arm_runs_once_and_is_compared(checkout, monkeypatch, capsys):
+    monkeypatch.chdir(checkout)
+    args = embedded.Args(arms=["replay", "high_reward"], seeds=[0, 3], orders=False, output="out", workers=2)
     embedded.run_experiment(args)
     runs = [checkout / "out" / f"{arm}_seed{seed}" for seed in (0, 3) for arm in ("replay", "high_reward")]
     expected = (
         "--cl_algorithm replay --replay_strategy high_reward --seed 3 --drift_every 8 --run_name high_reward_seed3"
     )
-    assert arguments(runs[-1])["flags"] == [*expected.split(), "--runs_dir", str(checkout / "out")]
+    assert arguments(runs[-1])["flags"] == [*expected.split(), "--runs_dir", "out"]
     assert arguments(runs[-1])["threads"] == "1"
-    assert {path.name for path in runs[0].iterdir()} == {"config.json", "summary.json", "checkpoints"}
+    assert {path.name for path in runs[0].iterdir()} == {"config.json", "summary.json", "report.md", "checkpoints"}
     assert {path.name for path in (runs[0] / "checkpoints").iterdir()} == {"00002-step2", "LAST"}
     assert [path.name for path in (runs[0] / "checkpoints" / "LAST").iterdir()] == ["model.safetensors"]
     assert re.search(r"\| replay, arm \w+ +\| 2 ", capsys.readouterr().out)
     assert (checkout / "out" / "comparison" / "p_values.png").is_file()
     before = [arguments(run) for run in runs]
-    (runs[0] / "summary.json").unlink()  # as if it had been stopped
+    (runs[0] / "report.md").unlink()  # as if it had been stopped
+    (runs[1] / "trajectories.jsonl").write_text("")  # as if it had finished while the experiment was stopped
     embedded.run_experiment(args)
-    assert arguments(runs[0])["flags"] == ["--resume", str(runs[0])]
+    assert arguments(runs[0])["flags"] == ["--resume", "out/replay_seed0"]
+    assert not (runs[1] / "trajectories.jsonl").exists()
     assert [arguments(run) for run in runs[1:]] == before[1:]
 
 
@@ -183,3 +186,14 @@ def test_a_stopped_table_stops_its_runs(checkout, monkeypatch):
         embedded.run_experiment(embedded.Args(arms=["replay"], seeds=[0], output=str(checkout / "out")))
     with pytest.raises(ProcessLookupError):
         os.kill(arguments(run)["pid"], signal.SIGTERM)
+
+
+def test_what_cannot_go_on_is_one_line(monkeypatch, capsys):
+    def stops(args):
+        raise StopRun("4 of 4 conversations ended in an error")
+
+    monkeypatch.setattr("sys.argv", ["embedded.py"])
+    with pytest.raises(SystemExit) as stop:
+        runner.run_command(embedded.Args, stops)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "embedded.py: 4 of 4 conversations ended in an error\n"

@@ -93,6 +93,7 @@ def test_compare_groups_runs_over_seeds(compared):
 
 def test_a_row_is_named_by_the_settings_in_which_it_differs(compared):
     settings = [("sequential", {}), ("replay", {}), ("replay", {"ratio": 0.5}), ("replay", {"penalty": None})]
+    settings += [("replay", {"vllm_url": [f"http://host:800{k}"], "drift_every": k}) for k in (1, 2)]
     table = compared([summary(a, s, 0.1, **other) for s, (a, other) in enumerate(settings)])
     rows = cells(table.split("\n\n")[0])[1:]
     assert [row[0] for row in rows] == ["sequential", "replay", "replay, ratio 0.5"]

@@ -65,6 +65,15 @@ def test_what_had_nothing_to_lose_does_not_count(tmp_path):
     assert forgetting.points_of(write_run(tmp_path / "lost", 0, R=rows)) == []
 
 
+def test_a_domain_without_a_usable_conversation_has_no_drift(tmp_path):
+    run = write_run(tmp_path / "run", 0)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = [{n: v for n, v in json.loads(line).items() if not n.endswith("/retail")} for line in path.open()]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    [point] = forgetting.points_of(run)  # of telecom, over airline
+    assert (point["new"], point["forgotten"]) == ("telecom", pytest.approx(0.3))
+
+
 @pytest.mark.parametrize("degree", [1, 2])
 def test_fits_go_through_the_origin(degree):
     rng = np.random.default_rng(0)
@@ -109,6 +118,7 @@ def test_the_interval_is_over_seeds():
 
 def test_what_has_no_law_is_one_line(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", 0)
+    three = [run, write_run(tmp_path / "run1", 1), write_run(tmp_path / "run2", 2)]
     joint = write_run(tmp_path / "joint", 0, stages=["1/3 of all", "2/3 of all", "3/3 of all"])
     (tmp_path / "silent").mkdir()
     for name in ("summary.json", "metrics.jsonl"):
@@ -117,6 +127,7 @@ def test_what_has_no_law_is_one_line(tmp_path, monkeypatch, capsys):
         ([tmp_path / "silent", run], "has not logged its drift"),
         ([run, joint], "a law needs runs of 3 seeds at least, of several domains in sequence; got 1"),
         ([tmp_path / "nowhere"], "is not a finished run"),
+        ([*three, f"{run}/"], "run has the settings and the seed 0 of another run"),
     ):
         monkeypatch.setattr(sys, "argv", ["forgetting.py", "--runs", *map(str, runs), "--output", str(tmp_path / "o")])
         with pytest.raises(SystemExit) as stop:

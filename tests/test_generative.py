@@ -328,6 +328,7 @@ def test_the_generator_of_the_agent_is_rehearsed_and_keeps_no_conversation(polic
     statistics = algorithm.get_statistics()
     assert statistics["bytes of the windows dropped"] == 2 * 20 * 4 * 4
     kept = [*algorithm.rehearsal.old_generator.state_dict().values(), *policies[0].parameters()]
+    algorithm.trainer = trainer
     assert algorithm.bytes_kept() == sum(t.nbytes for t in kept)
 
 

@@ -153,6 +153,11 @@ def test_every_domain_starts_from_the_merged_policy(lora, tmp_path):
         assert (scores[f"training of {domain}"] - scores["start of airline"]).abs().max() > 1e-3
 
 
+def test_without_grpo_nothing_would_be_merged(tmp_path):
+    with pytest.raises(ValueError, match="num_steps_per_task is 0"):
+        merge.MergeCL.from_args(small_args(tmp_path, "--cl_algorithm", "merge", "--num_steps_per_task", "0"))
+
+
 def test_whole_adapters_are_needed(tmp_path):
     args = small_args(tmp_path, "--cl_algorithm", "merge", "--lora_rank", "2")
     args.shard = True

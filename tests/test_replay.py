@@ -438,6 +438,20 @@ def test_losses_of_replayed_conversations_are_renewed():
     assert sorted(algorithm.trainer.trajectory_buffer.buffers["airline"].losses) == [0.0, 7.0]
 
 
+def test_a_step_that_replays_nothing_renews_no_loss():
+    """The latest domain may have stored too little, after one that was replayed."""
+    flags = {"replay_kind": "trajectories", "replay_all_domains": False, "min_buffer_size": 2}
+    rows = [conversation("airline", "3"), conversation("airline", "4")]
+    algorithm = running(ReplayCL(replay_ratio=0.5, **flags), *rows)
+    algorithm.trainer.replayed_losses = [0.5] * len(algorithm.augment_trajectories(2, "retail"))
+    algorithm.post_step_hook(algorithm.trainer, "retail")
+    algorithm.trainer.trajectory_buffer.add(conversation("retail", "5"))
+    algorithm.trainer.replayed_losses = []
+    assert algorithm.augment_trajectories(2, "telecom") == []
+    algorithm.post_step_hook(algorithm.trainer, "telecom")
+    assert algorithm.trainer.trajectory_buffer.buffers["airline"].losses == [0.5, 0.5]
+
+
 def test_without_cloning_a_conversation_without_an_advantage_is_not_stored():
     rows = [conversation("airline", "3"), conversation("airline", "4", advantage=None)]
     for flags, kept in (({"clone_coef": 0.0}, ["3"]), ({}, ["3", "4"])):

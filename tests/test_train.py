@@ -230,11 +230,13 @@ def held_step(shard=False, ewc_lambda=300.0):
     """EWC and LwF with GRPO, from a policy that has moved; and the Fisher information."""
     trainer = law_trainer(shard=shard, micro_batch_tokens=40)
     ewc = regularize.EWC(ewc_lambda)
-    use(trainer, ewc, regularize.LwF(50.0))
+    lwf = regularize.LwF(50.0)
+    use(trainer, ewc, lwf)
     trainer.trajectories = conversations()[:5]  # uneven
     ewc.post_step_hook(trainer, "airline")
     for a in trainer.algorithms:
         a.post_task_hook(trainer, "airline")
+    assert lwf.bytes_kept() == ewc.bytes_kept() / 2 > 0  # a copy of the weights; their Fisher information, too
     fisher = torch.cat([policy.whole(f).flatten() for f in ewc.held[0][1].values()])
     rng = torch.Generator().manual_seed(2)
     with torch.no_grad():

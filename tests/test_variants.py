@@ -145,7 +145,7 @@ def test_a_run_is_evaluated_on_the_variants_of_the_tasks_that_count(tmp_path, ti
         **{f"airline~{seed}": ["27"] for seed in (1, 2)},
         **{f"telecom~{seed}": [counts[0]] for seed in (1, 2)},
     }
-    found["by_task"]["airline~2"]["27"] = 0.5
+    found["by_task"]["airline~2"] |= {"27": 0.5, "28": 1.0}  # the run has no result of task 28
     (tmp_path / "run" / "variants.json").write_text(json.dumps(found))
     policy_files = [path for path in last.iterdir() if path.unlink() is None]
     assert policy_files
