@@ -44,7 +44,7 @@ ACTION_SHARE = 0.25  # of the update's tokens
 ORACLE_TASKS = 10  # per domain
 SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
 SHAPES = {  # of Qwen2.5, in the order of SIZES
-    "tiny": (128, 384, 4, 4, 2, 2048),
+    "tiny": (128, 384, 2, 4, 2, 2048),
     "0.5b": (896, 4864, 24, 14, 2, 151936),
     "1.5b": (1536, 8960, 28, 12, 2, 151936),
     "7b": (3584, 18944, 28, 28, 4, 152064),
