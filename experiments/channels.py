@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from comparison import sign_flip_test
 from experiments import runner
 from experiments.runner import Several, cell, of_arm
 from flags import Count, Few, LearningRate, Units, Weight
@@ -61,7 +62,8 @@ BUFFERS |= {"lars_distill": "lars", "er_plus": "reservoir", "ewc": None, "online
 ARMS = (*BUFFERS, *(f"only {name}" for name in SCENARIOS))
 # Compared seed by seed.
 PAIRS = (("lars", "reservoir"), ("lars_inverse", "lars"), ("lars_rank", "lars"), ("labrs", "reservoir"))
-PAIRS += (("labrs_released", "labrs"), ("labrs_product", "labrs"))
+PAIRS += (("labrs_released", "labrs"), ("labrs_product", "labrs"), ("brs", "reservoir"), ("er_plus", "reservoir"))
+PAIRS += (("lars_distill", "lars"), ("online_ewc", "ewc"), ("random", "naive"))
 # Units per layer, relative to --hidden: all networks have about as many parameters.
 WIDTHS = {"lstm": 1.0, "gru": 1.16, "transformer": 0.75}
 HEADS = 4  # of the transformer
@@ -366,8 +368,9 @@ def write_table(args: Args, by_arm):
     print(f"\n{args.network}: {sum(p.numel() for p in make_network(args).parameters())} parameters")
     for arm, other in PAIRS:
         if arm in final and other in final:
-            gap = cell(final[arm].mean(1) - final[other].mean(1))
-            print(f"{arm} less {other}: {gap} dB (mean over scenarios, paired by seed)")
+            gaps = final[arm].mean(1) - final[other].mean(1)
+            p = sign_flip_test(gaps)
+            print(f"{arm} less {other}: {cell(gaps)} dB, p = {p:.3f} (mean over scenarios, paired by seed)")
 
 
 def plot_results(args: Args, by_arm):
