@@ -200,7 +200,7 @@ def run_command(settings, function):
     """Calls function(an instance of the dataclass `settings`, from the command line). An error is one line, with an
     exit code of 2 (bad input), 1 (a worker ended), 130 (Ctrl-C) or 143 (SIGTERM)."""
     args = tyro.cli(settings)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     code, goes_on = 0, f"; finished jobs are in {args.output}; the same command goes on"
     try:
         checked(settings, vars(args))
@@ -212,6 +212,8 @@ def run_command(settings, function):
     except (KeyboardInterrupt, SystemExit) as stop:
         begun = (Path(args.output) / "results").is_dir() or any(Path(args.output).glob("*/config.json"))
         code, line = getattr(stop, "code", 130), "stopped" + (goes_on if begun else "")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code:
         print(printable(line), file=sys.stderr)
     raise SystemExit(code)

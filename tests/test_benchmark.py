@@ -197,3 +197,4 @@ def test_what_cannot_go_on_is_one_line(monkeypatch, capsys):
         runner.run_command(embedded.Args, stops)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "embedded.py: 4 of 4 conversations ended in an error\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # handled as before
