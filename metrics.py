@@ -32,8 +32,8 @@ def mean(values) -> float:
 
 def cl_metrics(R, baseline=None, joint=None) -> dict:
     """Continual-learning metrics of R (T, T), R[i, j] = score on task j after training task i. Higher is better; negate
-    errors first. `baseline` (T,): scores before any training. `joint` (T,): reference scores on
-    each task, of one model trained on all tasks (Chaudhry et al. 2018) or of models trained on it alone.
+    errors first. `baseline` (T,): scores before any training. `joint` (T,): reference scores on each task, of one model
+    trained on all tasks (Chaudhry et al. 2018) or of models trained on that task alone.
 
     average             mean_j R[T, j]
     backward_transfer   mean_{i<T} (R[T, i] - R[i, i])                     (Lopez-Paz and Ranzato 2017)
