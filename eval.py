@@ -12,7 +12,6 @@ import datetime
 import functools
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,7 +30,7 @@ import rollout
 import users
 import variants
 from distributed import StopRun, all_gather_json, barrier, rank, world_size
-from flags import Count, Few, PositiveShare, Seed, checked, one_line
+from flags import Count, Few, PositiveShare, Seed, checked, errors_in_one_line
 from grpo import PASS, Trajectory
 from metrics import cl_metrics, measure, overall, text_metrics  # noqa: F401 (cl_metrics is a public name of eval)
 from report import read_jsonl, show_conversations
@@ -406,7 +405,7 @@ def run_evaluation(args: Args):
 
 
 def main():
-    try:
+    with errors_in_one_line("eval.py", StopRun):
         args = checked(Args, vars(tyro.cli(Args)))
         if args.show:
             print(show_conversations(args.show, args.worst, args.task, args.unfold))
@@ -418,9 +417,6 @@ def main():
             print(f"\n{output}: comparison.md, comparison.csv, comparison.png, learning_curves.png, p_values.png")
         else:
             run_evaluation(args)
-    except (ValueError, OSError, StopRun) as error:
-        print(f"eval.py: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

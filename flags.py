@@ -1,5 +1,7 @@
 """Flags: the bounds of their types, and one line for each value that these rule out. Needs no torch."""
 
+import contextlib
+import sys
 from typing import Annotated
 
 import pydantic
@@ -43,3 +45,13 @@ def one_line(error: Exception) -> str:
         elif first["type"] == "unexpected_keyword_argument":
             line = f"there is no setting {name!r}"
     return printable(without_secrets(line))
+
+
+@contextlib.contextmanager
+def errors_in_one_line(script, *kinds):
+    """Inside, a ValueError, an OSError or an error of `kinds` ends the command: one line for the user, exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, *kinds) as error:
+        print(f"{script}: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None

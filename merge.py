@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +26,7 @@ from torch import Tensor
 import checkpoint
 import policy
 from algorithm import CLAlgorithm
-from flags import Positive, PositiveShare, Share, checked, one_line
+from flags import Positive, PositiveShare, Share, checked, errors_in_one_line
 
 Weights = dict[str, Tensor]
 
@@ -236,11 +235,8 @@ def run_merge(args: Args):
 
 
 def main():
-    try:
+    with errors_in_one_line("merge.py"):
         run_merge(tyro.cli(Args))
-    except (ValueError, OSError) as error:
-        print(f"merge.py: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

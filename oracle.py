@@ -18,7 +18,6 @@ import hashlib
 import importlib.metadata
 import json
 import statistics
-import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -29,8 +28,8 @@ from pydantic import Field
 import environment
 from environment import V1, all_tasks, changes, gold_changes, make_env, registry  # noqa: F401
 from episode import MAX_ERRORS, STOP, Episode, is_solo
-from flags import Count
-from text import printable, reason, without_secrets
+from flags import Count, errors_in_one_line
+from text import reason
 from users import scripted_like, served_at
 
 # isort: split
@@ -455,11 +454,8 @@ def show(domain: str = "retail", split: str = "base", task: str = "0"):
 def main():
     import tyro
 
-    try:
+    with errors_in_one_line("oracle.py"):
         tyro.cli(show)
-    except ValueError as error:
-        print(f"oracle.py: {printable(without_secrets(error))}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import threading
 import time
 import urllib.error
@@ -39,7 +38,7 @@ from safetensors.torch import save_file
 import policy
 from chat import ChatFormat
 from distributed import StopRun, all_gather_json, rank
-from flags import Positive, one_line
+from flags import Positive, errors_in_one_line, one_line
 from text import printable, reason, without_secrets
 
 MARK = "HANDOVER.txt"
@@ -431,16 +430,13 @@ class Args:
 
 
 def main():
-    try:
+    with errors_in_one_line("server.py"):
         args = tyro.cli(Args)
         model, tokenizer = policy.load_policy(
             args.model_name_or_path, args.model_dtype, "cpu", weights_dtype=args.model_dtype
         )
         ChatFormat.of(tokenizer)
         make_directory(model, tokenizer, Path(args.directory))
-    except (ValueError, OSError) as error:
-        print(f"server.py: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
     options = f"--dtype {args.model_dtype} --logprobs-mode processed_logprobs --generation-config vllm"
     distributed.say(
         f"{args.directory} is ready. Serve it, in an environment with vLLM:\n\n"

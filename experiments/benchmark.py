@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import rollout
 from chat import ChatFormat
-from flags import Count, Few, checked
+from flags import Count, Few, checked, errors_in_one_line
 from grpo import policy_loss
 from policy import DTYPES, autocast, load_policy, token_logprobs
 from replay import Buffer, add, brs_slot, labrs_slot, lars_slot
@@ -301,11 +301,8 @@ def show_memory(args):
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    try:
+    with errors_in_one_line("benchmark.py"):
         checked(Args, vars(args))
-    except ValueError as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     ways = {"oracle": time_oracle, "buffers": time_buffers, "memory": show_memory}
     benchmark = next((way for name, way in ways.items() if getattr(args, name)), time_policy)
     benchmark(args)
