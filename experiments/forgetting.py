@@ -68,9 +68,9 @@ def points_of(run) -> list[dict]:
             name = f"drift_{kind}/{order[k - 1]}"
             drifts[f"{kind} new"] = ends[k][f"{name}/{order[k]}"]
             drifts[f"{kind} old"] = np.mean([ends[k][f"{name}/{order[j]}"] for j in old])
-        forgotten = np.mean([R[k - 1, j] - R[k, j] for j in old])
+        before, forgotten = R[k - 1, old].mean(), (R[k - 1, old] - R[k, old]).mean()
         names = {"run": str(run), "algorithm": summary["cl_algorithm"], "seed": summary["seed"], "new": order[k]}
-        found.append({**names, "forgotten": forgotten, **drifts})
+        found.append({**names, "before": before, "forgotten": forgotten, **drifts})
     return found
 
 

@@ -60,6 +60,7 @@ def test_what_had_nothing_to_lose_does_not_count(tmp_path):
     rows = [[0.9, 0.0, 0.0], [0.1, 0.8, 0.0], [0.0, 0.6, 0.7]]
     found = forgetting.points_of(write_run(tmp_path / "run", 0, R=rows))
     assert [point["forgotten"] for point in found] == pytest.approx([0.8, 0.2])  # airline was at 0.1
+    assert [point["before"] for point in found] == pytest.approx([0.9, 0.8])
     assert found[1]["forward old"] == pytest.approx(0.3)
     rows = [[0.1, 0.0, 0.0], [0.1, 0.2, 0.0], [0.0, 0.0, 0.7]]
     assert forgetting.points_of(write_run(tmp_path / "lost", 0, R=rows)) == []
