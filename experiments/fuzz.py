@@ -54,7 +54,7 @@ SMALL = {
         "--batch_size_per_gpu 1 --warmup_steps 0 --eval_trials 1 --max_turns 2 --max_new_tokens 4 --vllm_timeout 1",
         "--resume stopped",
     ),
-    "merge.py": ("--runs run run2 --method running --base run/checkpoints/LAST --output merged",),
+    "merge.py": ("--runs run run --method running --base run/checkpoints/LAST --output merged",),
     "server.py": ("--model_name_or_path run/checkpoints/LAST --directory handed --model_dtype float32",),
     "eval.py": (
         "--model_name_or_path run/checkpoints/LAST --domains mock --max_turns 2 --max_new_tokens 4",

@@ -94,6 +94,7 @@ SLIDING = {"layer_types": None, "use_sliding_window": True, "sliding_window": 8,
         ("config.json", {"final_logit_softcapping": 30.0}, "models with final_logit_softcapping are not supported"),
         ("adapter_config.json", {"base_model_name_or_path": "/no/base"}, "its base model /no/base is not there"),
         ("model.safetensors", None, "cannot load a model from"),
+        ("tokenizer.json", {"type": "\ud800"}, "cannot load a model from"),
     ],
 )
 def test_models_that_cannot_be_used_are_named(base, file, change, message, tmp_path):
