@@ -98,7 +98,7 @@ class Raises(CLAlgorithm):
     def __init__(self):
         raise ValueError("no good")
 """
-GOES_ON = re.compile(r"checkpoints/LAST/|settings\.json|trials_0\.jsonl")  # in a directory that can be continued
+GOES_ON = re.compile(r"settings\.json|trials_0\.jsonl")  # in a directory that can be continued
 BAR = re.compile(r"\d%\||\dit/s|\?it/s|s/it|: 0it ")  # of tqdm
 
 
@@ -269,7 +269,7 @@ class Case:
         after = stamps(self.files)
         own = ("stopped/", "evaluation/")  # what a resumed run or evaluation continues
         changed = [name for name in self.before if after.get(name) != self.before[name] and not name.startswith(own)]
-        kept = tuple(re.split(GOES_ON, name)[0] for name in after if re.search(GOES_ON, name))
+        kept = (*own, *(re.split(GOES_ON, name)[0] for name in after if re.search(GOES_ON, name)))
         left = [name for name in after.keys() - self.before.keys() if code == 2 and not name.startswith(kept)]
         left += [name for name in after if name.endswith(".tmp")]
         rules = {
